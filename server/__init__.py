@@ -1,0 +1,1 @@
+"""HTTP in, server-sent events out: protocol models, routes, errors, metrics, command line."""
