@@ -1,0 +1,166 @@
+"""What the engine is asked, and what it answers: plain frozen values, no HTTP, no tensors.
+
+A request is token ids and parameters; the answer is a stream of events:
+
+    PromptDone      once, when the prompt is in the KV cache (cached tokens, prompt log-probabilities)
+    Delta           whenever a choice has news; its last one carries `finish_reason`
+    RequestFailed   raised by the stream in place of the next event, if the engine could not go on
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+class RequestError(ValueError):
+    """The caller's mistake. `param` names the field of the request that is at fault."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class QueueFull(RuntimeError):
+    """The waiting queue is at its bound; the caller should come back later."""
+
+
+class EngineClosed(RuntimeError):
+    """The engine is shutting down, or its thread has died of the error that is this one's cause."""
+
+
+class RequestFailed(RuntimeError):
+    """This one request cannot go on, through no fault of its caller."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. The names and defaults are those of the OpenAI and vLLM APIs.
+
+    Construction checks every range and raises `RequestError` naming the field.
+    """
+
+    n: int = 1
+    max_tokens: int | None = None
+    """New tokens per choice; None: as many as the context holds. 0 is allowed: only the prompt is scored."""
+    min_tokens: int = 0
+    """EOS, stop ids and stop strings do not end a choice before it has so many tokens."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 or -1: off."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    seed: int | None = None
+    """None: drawn from the system when the request is submitted."""
+    logprobs: int | None = None
+    """Alternatives per token; 0: only the chosen token; None: no log-probabilities."""
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, param: str, rule: str) -> None:
+            if not ok:
+                raise RequestError(f"{param} must be {rule}, got {getattr(self, param)!r}", param)
+
+        for name in ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty"):
+            require(math.isfinite(getattr(self, name)), name, "a finite number")
+        require(self.n >= 1, "n", "at least 1")
+        require(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "at least 0")
+        require(self.min_tokens >= 0, "min_tokens", "at least 0")
+        require(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"at most max_tokens ({self.max_tokens})",
+        )
+        require(0.0 <= self.temperature, "temperature", "at least 0")
+        require(self.top_k >= -1, "top_k", "at least 1, or 0 or -1 for off")
+        require(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
+        require(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
+        require(0.0 < self.typical_p <= 1.0, "typical_p", "above 0 and at most 1")
+        require(self.repetition_penalty > 0.0, "repetition_penalty", "above 0")
+        require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
+        require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
+        require(all(-100 <= v <= 100 for v in self.logit_bias.values()), "logit_bias", "between -100 and 100")
+        require(all(self.stop), "stop", "without empty strings")
+        require(all(self.bad_words), "bad_words", "without empty strings")
+        require(
+            self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
+            "allowed_token_ids",
+            "non-empty",
+        )
+        require(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
+        require(self.logprobs is None or self.logprobs >= 0, "logprobs", "at least 0")
+        require(self.prompt_logprobs is None or self.prompt_logprobs >= 0, "prompt_logprobs", "at least 0")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One prompt. Several prompts of one HTTP call are several requests."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    cache_salt: str = ""
+    """Prefix-cache entries are only shared between requests of equal salt."""
+    priority: int = 0
+    """Lower runs first; equal ones in order of arrival."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logarithms, of the raw model distribution unless the engine's `logprobs_mode` says otherwise."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability) of the most likely alternatives, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptDone:
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens whose KV cache came from the prefix cache."""
+    logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """One entry per prompt token, the first None; None where `prompt_logprobs` was not asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """News of one choice. Texts of a choice's deltas, joined, are its text; likewise tokens and log-probabilities.
+
+    Text may lag behind tokens: bytes of an unfinished UTF-8 character and what may become a stop string are held
+    back until they are decided.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended the choice; None for EOS and length."""
+
+
+Event = PromptDone | Delta
