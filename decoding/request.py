@@ -87,7 +87,7 @@ class SamplingParams:
             "min_tokens",
             f"at most max_tokens ({self.max_tokens})",
         )
-        require(0.0 <= self.temperature, "temperature", "at least 0")
+        require(self.temperature >= 0.0, "temperature", "at least 0")
         require(self.top_k >= -1, "top_k", "at least 1, or 0 or -1 for off")
         require(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
         require(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
@@ -127,7 +127,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural logarithms, of the raw model distribution unless the engine's `logprobs_mode` says otherwise."""
+    """Natural logarithms of the raw model distribution, unless `logprobs_mode` says otherwise."""
 
     token_id: int
     logprob: float
@@ -148,10 +148,10 @@ class PromptDone:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """News of one choice. Texts of a choice's deltas, joined, are its text; likewise tokens and log-probabilities.
+    """News of one choice. The texts of a choice's deltas, joined, are its text; likewise its tokens.
 
-    Text may lag behind tokens: bytes of an unfinished UTF-8 character and what may become a stop string are held
-    back until they are decided.
+    Text may lag behind tokens: bytes of an unfinished UTF-8 character and what may become a stop string
+    are held back until they are decided.
     """
 
     index: int
