@@ -1,0 +1,201 @@
+"""Loads a model: from what the user calls it to a module on its device, a tokenizer, and facts about both.
+
+The module is transformers' own, in eval mode, with the attention it came with: the engine puts its own in.
+Knows nothing of requests, caches or batches.
+"""
+
+import contextlib
+import hashlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cadenza.models.architecture import causal_lm_class, context_length, read_config
+from cadenza.models.checkpoint import Checkpoint, open_checkpoint
+from cadenza.models.errors import ModelError, one_line
+from cadenza.models.generation_config import FILE_NAME, eos_ids, read_generation_config, sampling_defaults
+from cadenza.models.memory import require_memory
+from cadenza.models.source import resolve, served_name
+from cadenza.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig:
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """auto: float32 on a CPU; on a GPU the checkpoint's own, bfloat16 where that is float32."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    revision: str | None = None
+    chat_template: str | None = None
+    """Path of a template, or the template itself."""
+    generation_config: str = "auto"
+    """auto: the model's own; none: no sampling defaults; otherwise the path of a file or its folder."""
+    max_model_len: int | None = None
+
+
+@dataclass
+class LoadedModel:
+    source: str
+    name: str
+    path: Path
+    module: Any
+    """A transformers `PreTrainedModel`."""
+    config: Any
+    """The configuration of its text part."""
+    tokenizer: Tokenizer
+    device: "torch.device"
+    dtype: "torch.dtype"
+    fingerprint: str
+    eos_token_ids: tuple[int, ...]
+    sampling_defaults: dict[str, float | int]
+    max_model_len: int
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds by stage, in order."""
+
+
+def load_model(source: str, config: LoadConfig = LoadConfig()) -> LoadedModel:
+    """Everything the engine needs of a model. Raises `ModelError`."""
+    timings: dict[str, float] = {}
+    if config.dtype not in DTYPES:
+        raise ModelError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
+    with _stage("resolve", timings):
+        folder = resolve(
+            source,
+            revision=config.revision,
+            allow_pickle=config.allow_pickle,
+            trust_remote_code=config.trust_remote_code,
+        )
+        checkpoint = open_checkpoint(folder, allow_pickle=config.allow_pickle)
+        stored_dtype = checkpoint.float_dtype
+    with _stage("import", timings):
+        import torch
+
+        device = _device(config.device)
+        model_config = read_config(folder, trust_remote_code=config.trust_remote_code)
+        model_class = causal_lm_class(model_config, trust_remote_code=config.trust_remote_code)
+    text_config = model_config.get_text_config(decoder=True)
+    dtype: torch.dtype = getattr(torch, _dtype_name(config.dtype, device.type, stored_dtype))
+    max_model_len = context_length(text_config, config.max_model_len)
+    with _stage("tokenizer", timings):
+        tokenizer = Tokenizer.from_folder(
+            folder,
+            chat_template=_template_text(config.chat_template),
+            trust_remote_code=config.trust_remote_code,
+        )
+    with _stage("weights", timings):
+        require_memory(checkpoint.loaded_bytes(dtype.itemsize), device, source)
+        module = _load_module(model_class, folder, model_config, checkpoint, dtype)
+        module.to(device)
+    own = read_generation_config(folder)
+    return LoadedModel(
+        source=source,
+        name=served_name(source),
+        path=folder,
+        module=module,
+        config=text_config,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        fingerprint=_fingerprint(folder, checkpoint, dtype),
+        eos_token_ids=eos_ids(own.get("eos_token_id"), text_config.eos_token_id, tokenizer.eos_token_id),
+        sampling_defaults=_sampling_defaults(config.generation_config, own),
+        max_model_len=max_model_len,
+        timings=timings,
+    )
+
+
+@contextlib.contextmanager
+def _stage(name: str, timings: dict[str, float]) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[name] = time.perf_counter() - start
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {name!r} is not auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _dtype_name(asked: str, device_type: str, stored: str | None) -> str:
+    if asked != "auto":
+        return asked
+    if device_type == "cpu":
+        return "float32"
+    return "bfloat16" if stored in (None, "float32") else stored
+
+
+def _template_text(template: str | None) -> str | None:
+    """A template is told from a path by its braces or line breaks, which no path of ours has."""
+    if template is None or "{" in template or "\n" in template:
+        return template
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"the chat template {template} cannot be read: {error.strerror}") from error
+
+
+def _load_module(
+    model_class: Any, folder: Path, model_config: Any, checkpoint: Checkpoint, dtype: "torch.dtype"
+) -> Any:
+    from transformers.utils import logging
+
+    show_bar = sys.stderr.isatty() and logging.is_progress_bar_enabled()
+    if not show_bar:
+        logging.disable_progress_bar()
+    try:
+        module, report = model_class.from_pretrained(
+            str(folder),
+            config=model_config,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=not checkpoint.is_pickle,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"the weights in {folder} cannot be loaded: {one_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"the weights in {folder} lack {len(missing)} of the model's tensors, such as {missing[0]}"
+        )
+    return module.eval().requires_grad_(False)
+
+
+def _sampling_defaults(choice: str, own: dict[str, Any]) -> dict[str, float | int]:
+    if choice == "none":
+        return {}
+    if choice == "auto":
+        return sampling_defaults(own, FILE_NAME)
+    path = Path(choice).expanduser()
+    if not path.exists():
+        raise ModelError(f"there is no generation config {choice}")
+    return sampling_defaults(read_generation_config(path), choice)
+
+
+def _fingerprint(folder: Path, checkpoint: Checkpoint, dtype: "torch.dtype") -> str:
+    """Short, and different whenever weights, configuration, precision or engine version are."""
+    from importlib.metadata import version
+
+    configuration = (folder / "config.json").read_text(encoding="utf-8")
+    parts = (version("cadenza"), str(dtype), configuration, checkpoint.digest())
+    return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
