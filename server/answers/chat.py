@@ -1,0 +1,73 @@
+"""The chunks of /v1/chat/completions."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from cadenza.decoding.request import Delta, PromptDone
+from cadenza.models.tokenizer import Tokenizer
+from cadenza.server.answers.answer import Answer, Chunk, append_to
+from cadenza.server.answers.logprobs import chat_logprobs, prompt_logprobs
+from cadenza.server.protocol.chat import ChatRequest
+
+
+class ChatAnswer(Answer):
+    id_prefix = "chatcmpl"
+    chunk_object = "chat.completion.chunk"
+    whole_object = "chat.completion"
+
+    def __init__(
+        self,
+        body: ChatRequest,
+        tokenizer: Tokenizer,
+        prompt_token_ids: tuple[int, ...],
+        *,
+        model: str,
+        fingerprint: str,
+    ) -> None:
+        super().__init__(model=model, fingerprint=fingerprint, running_usage=body.includes_running_usage)
+        self._body = body
+        self._tokenizer = tokenizer
+        self._prompt_token_ids = prompt_token_ids
+
+    def _begin(self, prompt_index: int, event: PromptDone) -> Iterator[Chunk]:
+        """The role, once per choice; the first chunk also brings what was asked of the prompt."""
+        members: dict[str, Any] = {}
+        if self._body.return_token_ids:
+            members["prompt_token_ids"] = list(self._prompt_token_ids)
+        if self._body.prompt_logprobs is not None:
+            members["prompt_logprobs"] = prompt_logprobs(
+                self._tokenizer, event.logprobs or (), self._body.prompt_logprobs
+            )
+        content = self._body.messages[-1].content if self._body.echo else ""
+        for index in range(self._body.n):
+            delta = {"role": "assistant", "content": content}
+            yield self._chunk(_choice(index, delta), **(members if index == 0 else {}))
+
+    def _advance(self, prompt_index: int, event: Delta) -> Iterator[Chunk]:
+        news: dict[str, Any] = {}
+        if self._body.return_token_ids:
+            news["token_ids"] = list(event.token_ids)
+        if self._body.num_alternatives is not None and event.logprobs:
+            content = chat_logprobs(self._tokenizer, event.logprobs, self._body.num_alternatives)
+            news["logprobs"] = {"content": content, "refusal": None}
+        if event.text or news.get("token_ids") or "logprobs" in news:
+            yield self._chunk(_choice(event.index, {"content": event.text}, **news))
+        if event.finish_reason is not None:
+            last = _choice(event.index, {}, finish_reason=event.finish_reason, stop_reason=event.stop_reason)
+            yield self._chunk(last)
+
+    def _fold_choice(self, choice: dict[str, Any], news: dict[str, Any]) -> None:
+        message = choice.setdefault("message", {"role": "assistant", "content": "", "refusal": None})
+        message["content"] += news["delta"].get("content") or ""
+        if "logprobs" not in choice:
+            choice["logprobs"] = {"content": [], "refusal": None} if self._body.logprobs else None
+        if news["logprobs"]:
+            choice["logprobs"]["content"] += news["logprobs"]["content"]
+        append_to(choice, "token_ids", news)
+        choice["finish_reason"] = news["finish_reason"]
+        if "stop_reason" in news:
+            choice["stop_reason"] = news["stop_reason"]
+
+
+def _choice(index: int, delta: dict[str, Any], **members: Any) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **members}

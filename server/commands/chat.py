@@ -1,0 +1,82 @@
+"""`cadenza run`: a conversation in the terminal, with the engine in this process and no HTTP.
+
+Ctrl-C stops the answer, ctrl-D ends the conversation.
+"""
+
+import argparse
+import sys
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from cadenza.server.commands.options import engine_config, load_config
+
+if TYPE_CHECKING:
+    from cadenza.decoding import Engine
+    from cadenza.decoding.request import SamplingParams
+
+
+def run(args: argparse.Namespace) -> int:
+    from cadenza.decoding import Engine
+
+    start = time.perf_counter()
+    engine = Engine.load(args.model, load_config(args), engine_config(args))
+    try:
+        sampling = _sampling(engine, args)
+        _say(f"{engine.model.name} is ready after {time.perf_counter() - start:.1f} s; ctrl-D ends")
+        _converse(engine, sampling, args.system)
+    finally:
+        engine.close()
+    return 0
+
+
+def _sampling(engine: "Engine", args: argparse.Namespace) -> "SamplingParams":
+    from cadenza.decoding.request import SamplingParams
+
+    names = ("temperature", "top_p", "top_k", "max_tokens", "seed")
+    asked = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    return SamplingParams(**{**engine.model.sampling_defaults, **asked})
+
+
+def _converse(engine: "Engine", sampling: "SamplingParams", system: str | None) -> None:
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    while (line := _ask()) is not None:
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        messages.append({"role": "assistant", "content": _answer(engine, sampling, messages)})
+
+
+def _ask() -> str | None:
+    """The user's next line; None at the end of the input."""
+    while True:
+        try:
+            return input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            _say("\nctrl-D ends")
+
+
+def _answer(engine: "Engine", sampling: "SamplingParams", messages: list[dict[str, Any]]) -> str:
+    from cadenza.decoding.request import Delta, GenerationRequest
+
+    prompt = engine.model.tokenizer.render_chat(messages)
+    token_ids = tuple(engine.model.tokenizer.encode(prompt, add_special_tokens=False))
+    request = GenerationRequest(request_id=uuid.uuid4().hex, prompt_token_ids=token_ids, sampling=sampling)
+    stream = engine.submit(request)
+    said = ""
+    try:
+        for event in stream:
+            if isinstance(event, Delta):
+                said += event.text
+                print(event.text, end="", flush=True)
+    except KeyboardInterrupt:
+        stream.abort()
+    print()
+    return said
+
+
+def _say(text: str) -> None:
+    """To the person, not into what a pipe collects."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,111 @@
+"""`cadenza serve`: listens at once, loads in the background, drains before it ends.
+
+A probe sees the port open and /health at 503 until the model is there, and 503 again while draining.
+"""
+
+import argparse
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from cadenza.models.errors import ModelError
+from cadenza.server.commands.options import engine_config, load_config
+from cadenza.server.service import ServerSettings, Service
+
+if TYPE_CHECKING:
+    from cadenza.decoding import Engine
+    from cadenza.server.http_server import DrainingServer
+
+
+def serve(args: argparse.Namespace) -> int:
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    listener = _listen(args.host, args.port)
+    service = Service(settings=_settings(args))
+    loading = Loading(service, args, _url(args.host, listener))
+    loading.start()
+
+    from cadenza.server.http_server import DrainingServer  # while the loader imports torch
+
+    server = DrainingServer(service, drain_timeout=args.shutdown_timeout, log_level=args.log_level)
+    loading.attach(server)
+    server.run(sockets=[listener])
+    if loading.error is not None:
+        raise loading.error
+    if loading.is_alive():
+        # The loader cannot be interrupted, and the interpreter cannot end in order while it runs.
+        sys.stdout.flush()
+        os._exit(0)
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> ServerSettings:
+    environment = os.environ.get("CADENZA_API_KEY")
+    return ServerSettings(
+        served_model_names=tuple(args.served_model_name),
+        api_keys=tuple(args.api_key) or ((environment,) if environment else ()),
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound before anything is loaded: a port in use is told at once."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        raise ModelError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+    return listener
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    shown = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+class Loading(threading.Thread):
+    """Puts the engine into the service; where it cannot, keeps the error and ends the server."""
+
+    def __init__(self, service: Service, args: argparse.Namespace, url: str) -> None:
+        super().__init__(name="cadenza-loading", daemon=True)
+        self._service = service
+        self._args = args
+        self._url = url
+        self._server: Future[DrainingServer] = Future()
+        self.error: Exception | None = None
+
+    def attach(self, server: "DrainingServer") -> None:
+        """Name the server to end; it is made while we load."""
+        self._server.set_result(server)
+
+    def run(self) -> None:
+        start = time.perf_counter()
+        try:
+            from cadenza.decoding import Engine
+
+            imported = time.perf_counter()
+            engine = Engine.load(self._args.model, load_config(self._args), engine_config(self._args))
+        except Exception as error:  # the main thread tells it, once the server has ended
+            self.error = error
+            self._server.result().stop()
+            return
+        self._service.loaded = engine
+        _report(engine, self._url, imported - start, time.perf_counter() - start)
+
+
+def _report(engine: "Engine", url: str, imports: float, total: float) -> None:
+    """Where the time went, what there is room for, where to ask."""
+    model = engine.model
+    stages = {"imports": imports, **model.timings}
+    stages["engine"] = max(0.0, total - sum(stages.values()))
+    spent = ", ".join(f"{name} {seconds:.2f}" for name, seconds in stages.items())
+    print(f"model     {model.name}: {str(model.dtype).removeprefix('torch.')} on {model.device}")
+    print(f"context   {engine.max_model_len} tokens; KV cache for {engine.num_kv_tokens} tokens")
+    print(f"loaded    in {total:.2f} s ({spent})")
+    print(f"ready     {url}/v1", flush=True)

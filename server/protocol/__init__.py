@@ -1,0 +1,1 @@
+"""The bodies that clients send, checked and typed. The engine never sees these."""

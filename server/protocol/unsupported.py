@@ -1,0 +1,93 @@
+"""Fields that other servers know and this one does not honour yet, with the values that ask for nothing.
+
+A field is honoured, neutral, or refused by name: never ignored. Here are the neutral values; a field with
+any other value is a 400. Fields of neither this table nor the body's model are unknown, which is another 400.
+"""
+
+from collections.abc import Container, Mapping
+from typing import Any, Final
+
+from cadenza.decoding.request import RequestError
+
+ANYTHING: Final = object()
+"""Marks a field that only labels or hints: whatever it says, the answer is the same."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # OpenAI: labels and hints for their own platform
+    "user": (ANYTHING,),
+    "metadata": (ANYTHING,),
+    "safety_identifier": (ANYTHING,),
+    "prompt_cache_key": (ANYTHING,),
+    "prompt_cache_retention": (ANYTHING,),
+    "parallel_tool_calls": (ANYTHING,),  # how to call tools, where there are none to call
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "verbosity": ("medium",),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "web_search_options": (),
+    "suffix": ("",),
+    # strategies
+    "use_beam_search": (False,),
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "length_penalty": (1.0,),
+    "diversity_penalty": (0.0,),
+    "early_stopping": (False,),
+    "self_consistency": (),
+    "best_of": (1,),
+    # sampling
+    "top_n_sigma": (-1.0, 0.0),
+    "xtc_probability": (0.0,),
+    "xtc_threshold": (0.1,),
+    "dry_multiplier": (0.0,),
+    "dry_base": (1.75,),
+    "dry_allowed_length": (2,),
+    "dry_sequence_breakers": ([], ["\n", ":", '"', "*"]),
+    "mirostat": (0,),
+    "mirostat_tau": (5.0,),
+    "mirostat_eta": (0.1,),
+    "min_keep": (0,),
+    # constraints
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "json_schema": (),
+    "grammar": ("",),
+    "regex": (),
+    "ebnf": (),
+    # adapters
+    "lora": ([],),
+    # vLLM: how its own answers are written
+    "documents": ([],),
+    "detokenize": (True,),
+    "spaces_between_special_tokens": (True,),
+    "return_tokens_as_token_ids": (False,),
+    "include_reasoning": (True,),
+    "mm_processor_kwargs": ({},),
+}
+
+
+def without_neutral(fields: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
+    """`fields` less the neutral ones; raises for the first that asks for something not done here."""
+    kept = {}
+    for name, value in fields.items():
+        if name in known or name not in NEUTRAL:
+            kept[name] = value
+        elif not any(neutral is ANYTHING or _same(value, neutral) for neutral in NEUTRAL[name]):
+            raise RequestError(f"{name} is not supported yet.", name, "unsupported_parameter")
+    return kept
+
+
+def _same(asked: Any, neutral: Any) -> bool:
+    """Equality that tells `true` from 1 and `false` from 0, as JSON does."""
+    return isinstance(asked, bool) == isinstance(neutral, bool) and bool(asked == neutral)

@@ -1,0 +1,1 @@
+"""One function per URL: read the body, ask the engine, answer."""

@@ -1,0 +1,102 @@
+"""/v1/chat/completions and /v1/completions: body, prompts, sampling parameters, generation, answer."""
+
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request, Response
+
+from cadenza.decoding.request import GenerationRequest
+from cadenza.server.answers.chat import ChatAnswer
+from cadenza.server.answers.completion import CompletionAnswer
+from cadenza.server.generation import Generation
+from cadenza.server.prompts import chat_prompt, completion_prompts, fit
+from cadenza.server.protocol.chat import ChatRequest
+from cadenza.server.protocol.completion import CompletionRequest
+from cadenza.server.protocol.sampling import SamplingFields, check_alternatives, sampling_params, wire_names
+from cadenza.server.protocol.wire import read
+from cadenza.server.respond import respond
+from cadenza.server.routes.context import Context, InContext
+
+if TYPE_CHECKING:
+    from cadenza.decoding import Engine
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request, context: InContext) -> Response:
+    engine = context.service.engine
+    body = await read(request, ChatRequest, context.service.settings.max_body_bytes)
+    model = context.service.resolve_model(body.model)
+    limit = engine.config.max_logprobs
+    check_alternatives(body.top_logprobs, "top_logprobs", limit)
+    check_alternatives(body.prompt_logprobs, "prompt_logprobs", limit)
+    token_ids = await chat_prompt(engine.model.tokenizer, body)
+    token_ids = fit(token_ids, body, "messages", body.new_tokens, engine.max_model_len)
+    generation = _submit(
+        context,
+        engine,
+        body,
+        [token_ids],
+        logprobs=body.num_alternatives,
+        prompt_logprobs=body.prompt_logprobs,
+    )
+    answer = ChatAnswer(
+        body, engine.model.tokenizer, token_ids, model=model, fingerprint=engine.model.fingerprint
+    )
+    return await respond(request, generation, answer, stream=body.stream, usage_chunks=body.includes_usage)
+
+
+@router.post("/v1/completions")
+async def completions(request: Request, context: InContext) -> Response:
+    engine = context.service.engine
+    body = await read(request, CompletionRequest, context.service.settings.max_body_bytes)
+    model = context.service.resolve_model(body.model)
+    limit = engine.config.max_logprobs
+    check_alternatives(body.logprobs, "logprobs", limit)
+    check_alternatives(body.prompt_logprobs, "prompt_logprobs", limit)
+    prompts = await completion_prompts(engine.model.tokenizer, body, engine.max_model_len)
+    generation = _submit(
+        context,
+        engine,
+        body,
+        [prompt.token_ids for prompt in prompts],
+        logprobs=body.logprobs,
+        prompt_logprobs=body.alternatives_in_prompt,
+    )
+    answer = CompletionAnswer(
+        body, engine.model.tokenizer, prompts, model=model, fingerprint=engine.model.fingerprint
+    )
+    return await respond(request, generation, answer, stream=body.stream, usage_chunks=body.includes_usage)
+
+
+def _submit(
+    context: Context,
+    engine: "Engine",
+    body: SamplingFields,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> Generation:
+    """One engine request per prompt; an error names the field as the client did."""
+    with wire_names(body.renamed):
+        sampling = sampling_params(
+            body,
+            defaults=engine.model.sampling_defaults,
+            vocab_size=engine.model.tokenizer.vocab_size,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+        requests = [
+            GenerationRequest(
+                request_id=uuid.uuid4().hex,
+                prompt_token_ids=token_ids,
+                sampling=sampling,
+                cache_salt=body.cache_salt,
+                priority=body.priority,
+            )
+            for token_ids in prompts
+        ]
+        return Generation(engine, requests, context.metrics)

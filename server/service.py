@@ -1,0 +1,59 @@
+"""The engine's place in the server: absent while loading, refused while draining. It knows no routes."""
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cadenza.server.errors import model_not_found, unavailable
+
+if TYPE_CHECKING:  # the web side answers /health before torch is imported
+    from cadenza.decoding import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    served_model_names: tuple[str, ...] = ()
+    """Empty: the model's own name."""
+    api_keys: tuple[str, ...] = ()
+    """Empty: everyone may ask."""
+    max_body_bytes: int = 32 * 1024 * 1024
+
+
+@dataclass
+class Service:
+    """One engine behind one server. Only the event loop's thread and the loading thread write to it."""
+
+    settings: ServerSettings = field(default_factory=ServerSettings)
+    loaded: "Engine | None" = None
+    draining: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def engine(self) -> "Engine":
+        """The engine, or 503 where it takes no requests."""
+        if self.draining:
+            raise unavailable("The server is shutting down.", "draining")
+        if self.loaded is None:
+            raise unavailable("The model is still loading.", "loading")
+        return self.loaded
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return self.settings.served_model_names or (self.engine.model.name,)
+
+    def resolve_model(self, asked: str | None) -> str:
+        """The name under which to answer; a 404 if no such model is served."""
+        names = self.model_names
+        if asked is None:
+            return names[0]
+        if asked not in names:
+            raise model_not_found(asked)
+        return asked
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that run or wait."""
+        if self.loaded is None:
+            return 0
+        stats = self.loaded.stats()
+        return stats.num_running + stats.num_waiting
