@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from cadenza.models.cache import build_folder, cache_root, exclusive, is_complete, say, sha256_of
 from cadenza.models.errors import ModelError, one_line
+from cadenza.models.gguf_header import GGUFHeader, read_header
+from cadenza.models.gguf_splitting import apply_splitting
 
 if TYPE_CHECKING:
     import torch
 
 CONVERTER_VERSION = 1
 """Part of the folder's name: raise it when the outcome of a conversion changes."""
-
-DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r")
-"""llama.cpp's names of the byte-level pre-tokenizers that cut numbers into digits first."""
 
 
 def converted_folder(gguf_sha256: str) -> Path:
@@ -40,17 +39,15 @@ def convert(gguf: Path, *, name: str, gguf_sha256: str | None = None) -> Path:
         return target
     with exclusive(target.name):
         if not is_complete(target):
+            header = read_header(gguf)
             say(f"Converting {gguf.name}; this happens once …")
             facts = {"name": name, "gguf": gguf.name, "gguf_sha256": digest}
-            build_folder(target, facts, lambda folder: _write_folder(gguf, folder))
+            build_folder(target, facts, lambda folder: _write_folder(gguf, header, folder))
     return target
 
 
 def _remembered_digest(gguf: Path) -> str:
     """SHA-256 of the file, computed again only when its size or time has changed: big files take a while."""
-    with gguf.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"{gguf} is not a GGUF file")
     stat = gguf.stat()
     key = f"{gguf.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
     notes = cache_root() / "digests.json"
@@ -65,37 +62,43 @@ def _remembered_digest(gguf: Path) -> str:
     return known[key]
 
 
-def _write_folder(gguf: Path, folder: Path) -> None:
+def _write_folder(gguf: Path, header: GGUFHeader, folder: Path) -> None:
+    import torch
+
+    from cadenza.models.memory import require_memory
+
+    needed = 4 * header.num_elements
+    require_memory(needed, torch.device("cpu"), f"converting {gguf.name}")
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ModelError(
+            f"converting {gguf.name} writes {needed / 1e9:.1f} GB to {cache_root()}, "
+            f"where {free / 1e9:.1f} GB are free"
+        )
     try:
         with _quiet_unless_terminal():
-            tokenizer_metadata = _write_weights(gguf, folder)
-            _write_tokenizer(gguf, folder, tokenizer_metadata)
+            _write_weights(gguf, folder)
+            _write_tokenizer(gguf, header, folder)
     except (ModelError, OSError, MemoryError):
         raise
     except (
         Exception
     ) as error:  # a damaged file fails in the readers' code, in as many ways as there are bytes
-        raise ModelError(f"{gguf} cannot be read as a GGUF model: {one_line(error)}") from error
+        raise ModelError(f"{gguf} cannot be converted: {one_line(error)}") from error
 
 
-def _write_weights(gguf: Path, folder: Path) -> str | None:
-    """Write config and weights; returns llama.cpp's name of the pre-tokenizer."""
+def _write_weights(gguf: Path, folder: Path) -> None:
     import torch
-    from gguf import GGUFReader
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    reader = GGUFReader(gguf)
-    _require_disk(folder, 4 * sum(int(tensor.n_elements) for tensor in reader.tensors))
-    pre = reader.get_field("tokenizer.ggml.pre")
-    config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # The empty folder first: whatever lies beside the user's file must not be taken for its configuration.
+    config = AutoConfig.from_pretrained(str(folder), gguf_file=str(gguf.absolute()))
     try:
         model_class = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
-        raise ModelError(
-            f"{gguf.name} is a {config.model_type} model, not a decoder-only language model"
-        ) from None
+        raise ModelError(f"{gguf.name} is a {config.model_type} model, not a decoder-only one") from None
     with torch.device("meta"):
         model = model_class(config)
     tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
@@ -105,7 +108,6 @@ def _write_weights(gguf: Path, folder: Path) -> str | None:
     config.dtype = torch.float32
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
-    return None if pre is None else str(pre.contents())
 
 
 def _checked(tensors: dict[str, Any], model: Any, file_name: str) -> "dict[str, torch.Tensor]":
@@ -113,43 +115,25 @@ def _checked(tensors: dict[str, Any], model: Any, file_name: str) -> "dict[str, 
     wanted = dict(model.state_dict())
     for tied in model.all_tied_weights_keys:
         wanted.pop(tied, None)
-    missing = sorted(wanted.keys() - tensors.keys())
-    if missing:
+    if missing := sorted(wanted.keys() - tensors.keys()):
         raise ModelError(
-            f"{file_name} lacks {len(missing)} weights that its architecture needs, such as {missing[0]}"
+            f"{file_name} lacks {len(missing)} tensors of its architecture, such as {missing[0]}"
         )
     for name, parameter in wanted.items():
-        if tensors[name].shape != parameter.shape:
-            raise ModelError(
-                f"{file_name}: {name} has shape {list(tensors[name].shape)}, not {list(parameter.shape)}"
-            )
+        found, expected = list(tensors[name].shape), list(parameter.shape)
+        if found != expected:
+            raise ModelError(f"{file_name}: {name} has shape {found}, its architecture needs {expected}")
     return {name: tensors[name].float().contiguous() for name in wanted}
 
 
-def _write_tokenizer(gguf: Path, folder: Path, pre: str | None) -> None:
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
+def _write_tokenizer(gguf: Path, header: GGUFHeader, folder: Path) -> None:
+    from transformers import TokenizersBackend
 
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    backend = tokenizer.backend_tokenizer
-    if pre in DIGIT_SPLITTING and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
-        # transformers falls back to GPT-2's splitting for these, which keeps the digits of a number together.
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
+    # Not AutoTokenizer: it would read the whole file once more, only to choose a class.
+    tokenizer = TokenizersBackend.from_pretrained(str(folder), gguf_file=str(gguf.absolute()))
+    if header.metadata.get("tokenizer.ggml.model") == "gpt2":
+        apply_splitting(tokenizer.backend_tokenizer, header.metadata.get("tokenizer.ggml.pre"))
     tokenizer.save_pretrained(folder)
-
-
-def _require_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ModelError(
-            f"converting needs {needed / 1e9:.1f} GB of disk in {cache_root()}, "
-            f"where {free / 1e9:.1f} GB are free"
-        )
 
 
 @contextlib.contextmanager
