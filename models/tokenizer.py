@@ -163,7 +163,7 @@ class Tokenizer:
 
 
 def _converted(folder: Path) -> Any:
-    """The tokenizer of a folder that this loader wrote: nothing has to be guessed, which takes half the time."""
+    """The tokenizer of a folder that this loader wrote: with nothing to guess, it takes half the time."""
     from transformers import TokenizersBackend
 
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
