@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cadenza.models.cache import build_folder, cache_root, exclusive, is_complete, say, sha256_of
 from cadenza.models.errors import ModelError, one_line
 from cadenza.models.gguf_header import GGUFHeader, read_header
-from cadenza.models.gguf_splitting import apply_splitting
+from cadenza.models.gguf_tokenizer import end_ids, write_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -77,8 +77,8 @@ def _write_folder(gguf: Path, header: GGUFHeader, folder: Path) -> None:
         )
     try:
         with _quiet_unless_terminal():
-            _write_weights(gguf, folder)
-            _write_tokenizer(gguf, header, folder)
+            write_tokenizer(gguf, header, folder)
+            _write_weights(gguf, header, folder)
     except (ModelError, OSError, MemoryError):
         raise
     except (
@@ -87,13 +87,13 @@ def _write_folder(gguf: Path, header: GGUFHeader, folder: Path) -> None:
         raise ModelError(f"{gguf} cannot be converted: {one_line(error)}") from error
 
 
-def _write_weights(gguf: Path, folder: Path) -> None:
+def _write_weights(gguf: Path, header: GGUFHeader, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    # The empty folder first: whatever lies beside the user's file must not be taken for its configuration.
+    # Not the file's own folder: what lies beside it there must not be taken for its configuration.
     config = AutoConfig.from_pretrained(str(folder), gguf_file=str(gguf.absolute()))
     try:
         model_class = AutoModelForCausalLM._model_mapping[type(config)]
@@ -107,7 +107,9 @@ def _write_weights(gguf: Path, folder: Path) -> None:
     config.architectures = [model_class.__name__]
     config.dtype = torch.float32
     config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    generation = GenerationConfig.from_model_config(config)
+    generation.eos_token_id = end_ids(header) or generation.eos_token_id
+    generation.save_pretrained(folder)
 
 
 def _checked(tensors: dict[str, Any], model: Any, file_name: str) -> "dict[str, torch.Tensor]":
@@ -124,16 +126,6 @@ def _checked(tensors: dict[str, Any], model: Any, file_name: str) -> "dict[str, 
         if found != expected:
             raise ModelError(f"{file_name}: {name} has shape {found}, its architecture needs {expected}")
     return {name: tensors[name].float().contiguous() for name in wanted}
-
-
-def _write_tokenizer(gguf: Path, header: GGUFHeader, folder: Path) -> None:
-    from transformers import TokenizersBackend
-
-    # Not AutoTokenizer: it would read the whole file once more, only to choose a class.
-    tokenizer = TokenizersBackend.from_pretrained(str(folder), gguf_file=str(gguf.absolute()))
-    if header.metadata.get("tokenizer.ggml.model") == "gpt2":
-        apply_splitting(tokenizer.backend_tokenizer, header.metadata.get("tokenizer.ggml.pre"))
-    tokenizer.save_pretrained(folder)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ DEFAULT_ALIGNMENT = 32
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
     metadata: dict[str, Any]
-    """Arrays are given as their length: vocabularies are long, and nobody here needs their entries."""
+    """The file's key-value pairs, vocabulary included."""
     num_elements: int
     """Of all tensors together."""
 
@@ -95,9 +95,9 @@ class _Reader:
         if kind != ARRAY:
             return self._scalar(SCALARS[kind])
         element, length = self._scalar("<I"), self._scalar("<Q")
-        if element in SCALARS:
-            self._at += length * struct.calcsize(SCALARS[element])
-        else:
-            for _ in range(length):
-                self._value(element)
-        return length
+        if element not in SCALARS:
+            return [self._value(element) for _ in range(length)]
+        form = f"<{length}{SCALARS[element][1]}"
+        values = struct.unpack_from(form, self._data, self._at)
+        self._at += struct.calcsize(form)
+        return list(values)
