@@ -11,8 +11,7 @@ from cadenza.decoding.request import Event, GenerationRequest
 from cadenza.server.metrics import RequestTimer, ServerMetrics
 
 if TYPE_CHECKING:
-    from cadenza.decoding import Engine
-    from cadenza.decoding.engine import RequestStream
+    from cadenza.decoding import Engine, RequestStream
 
 
 class Generation:

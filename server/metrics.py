@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from cadenza.decoding.request import Delta, Event
 
 if TYPE_CHECKING:
-    from cadenza.decoding.engine import EngineStats
+    from cadenza.decoding import EngineStats
     from cadenza.server.service import Service
 
 _GAUGES = {

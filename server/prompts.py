@@ -66,7 +66,7 @@ def _suspect(body: ChatPrompt) -> str:
 
 
 async def completion_prompts(tokenizer: Tokenizer, body: CompletionRequest, context: int) -> list[Prompt]:
-    """All prompts of the call, each cut or refused as `fit` says."""
+    """All prompts of the call, each cut as `truncated` says."""
     length = sum(len(prompt) for prompt in body.prompt)
     return await _off_loop(
         length, lambda: [_completion_prompt(tokenizer, body, prompt, context) for prompt in body.prompt]
@@ -81,7 +81,7 @@ def _completion_prompt(
     else:
         check_token_ids(prompt, "prompt", tokenizer.vocab_size)
         whole = tuple(prompt)
-    token_ids = fit(whole, body, "prompt", body.new_tokens, context)
+    token_ids = truncated(whole, body, body.new_tokens, context)
     if not body.echo:
         return Prompt(token_ids, "")
     if isinstance(prompt, str) and token_ids == whole:
@@ -89,25 +89,14 @@ def _completion_prompt(
     return Prompt(token_ids, tokenizer.decode(token_ids, skip_special_tokens=False))
 
 
-def fit(
-    token_ids: tuple[int, ...], body: SamplingFields, param: str, max_tokens: int | None, context: int
+def truncated(
+    token_ids: tuple[int, ...], body: SamplingFields, max_tokens: int | None, context: int
 ) -> tuple[int, ...]:
-    """The prompt, cut from the left if the client asked so; a 400 where it leaves no room for the answer."""
-    room = context - (1 if max_tokens is None else max_tokens)
-    if body.truncate_prompt_tokens is not None:
-        keep = room if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
-        token_ids = token_ids[-keep:] if keep > 0 else token_ids
-    if not token_ids:
-        raise RequestError(f"{param} has no tokens.", param)
-    if len(token_ids) > room:
-        answer = "at least 1" if max_tokens is None else str(max_tokens)
-        raise RequestError(
-            f"This model's maximum context length is {context} tokens. However, you requested "
-            f"{len(token_ids)} in the {param} and {answer} in the completion.",
-            param,
-            "context_length_exceeded",
-        )
-    return token_ids
+    """The prompt, cut from the left if the client asked so. Whether it then fits is for the engine to say."""
+    keep = body.truncate_prompt_tokens
+    if keep == -1:
+        keep = max(1, context - (1 if max_tokens is None else max_tokens))
+    return token_ids if keep is None else token_ids[-keep:]
 
 
 async def text_prompt(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:

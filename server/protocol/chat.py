@@ -132,4 +132,4 @@ class ChatRequest(SamplingFields, ChatPrompt):
 
     @property
     def renamed(self) -> dict[str, str]:
-        return {**super().renamed, "logprobs": "top_logprobs"}
+        return {**super().renamed, "logprobs": "top_logprobs", "prompt": "messages"}

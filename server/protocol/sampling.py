@@ -1,7 +1,7 @@
 """The fields that chat and completions share, and their translation to the engine's `SamplingParams`.
 
-Ranges are checked once, by `SamplingParams`. What it cannot know is checked here: the vocabulary, the
-server's limits, and the wire's names for things that the engine names otherwise.
+Ranges are checked once, by `SamplingParams` and by the engine; here are only the wire's own rules, and its
+names for things that the engine names otherwise.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -72,6 +72,7 @@ class SamplingFields(Wire):
     priority: int = 0
 
     def check(self) -> None:
+        super().check()
         if self.stream_options is not None:
             if not self.stream:
                 raise RequestError("stream_options is only allowed when stream is true.", "stream_options")
@@ -118,7 +119,6 @@ def sampling_params(
     body: SamplingFields,
     *,
     defaults: Mapping[str, Any],
-    vocab_size: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> SamplingParams:
@@ -128,8 +128,6 @@ def sampling_params(
         if name in asked:
             asked[name] = tuple(asked[name])
     asked["logit_bias"] = _token_biases(body.logit_bias or {})
-    for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
-        check_token_ids(asked.get(name, ()), name, vocab_size)
     return SamplingParams(
         **{**defaults, **asked},
         logprobs=logprobs,
@@ -173,4 +171,7 @@ def wire_names(renamed: Mapping[str, str]) -> Iterator[None]:
         if error.param is None or error.param not in renamed:
             raise
         name = renamed[error.param]
-        raise RequestError(str(error).replace(error.param, name, 1), name, error.code) from None
+        message = str(error)
+        if message.startswith(error.param):
+            message = name + message.removeprefix(error.param)
+        raise RequestError(message, name, error.code) from None

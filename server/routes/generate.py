@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-from cadenza.decoding.request import GenerationRequest
+from cadenza.decoding.request import GenerationRequest, RequestError
 from cadenza.server.answers.chat import ChatAnswer
 from cadenza.server.answers.completion import CompletionAnswer
 from cadenza.server.generation import Generation
-from cadenza.server.prompts import chat_prompt, completion_prompts, fit
+from cadenza.server.prompts import chat_prompt, completion_prompts, truncated
 from cadenza.server.protocol.chat import ChatRequest
 from cadenza.server.protocol.completion import CompletionRequest
 from cadenza.server.protocol.sampling import SamplingFields, check_alternatives, sampling_params, wire_names
@@ -33,7 +33,7 @@ async def chat_completions(request: Request, context: InContext) -> Response:
     check_alternatives(body.top_logprobs, "top_logprobs", limit)
     check_alternatives(body.prompt_logprobs, "prompt_logprobs", limit)
     token_ids = await chat_prompt(engine.model.tokenizer, body)
-    token_ids = fit(token_ids, body, "messages", body.new_tokens, engine.max_model_len)
+    token_ids = truncated(token_ids, body, body.new_tokens, engine.max_model_len)
     generation = _submit(
         context,
         engine,
@@ -57,6 +57,8 @@ async def completions(request: Request, context: InContext) -> Response:
     check_alternatives(body.logprobs, "logprobs", limit)
     check_alternatives(body.prompt_logprobs, "prompt_logprobs", limit)
     prompts = await completion_prompts(engine.model.tokenizer, body, engine.max_model_len)
+    if len(prompts) > engine.config.max_queue:
+        raise RequestError(f"prompt must hold at most {engine.config.max_queue} prompts.", "prompt")
     generation = _submit(
         context,
         engine,
@@ -85,7 +87,6 @@ def _submit(
         sampling = sampling_params(
             body,
             defaults=engine.model.sampling_defaults,
-            vocab_size=engine.model.tokenizer.vocab_size,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
