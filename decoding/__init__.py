@@ -1,1 +1,64 @@
-"""The decoding engine: scheduler, KV cache, model runner, sampling, strategies. It knows nothing of HTTP."""
+"""The decoding engine: scheduler, KV cache, model runner, sampling, strategies. It knows nothing of HTTP.
+
+Names are imported when first used: values of a request must not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cadenza.decoding.completion import Completion
+    from cadenza.decoding.config import EngineConfig
+    from cadenza.decoding.engine import Engine, EngineStats
+    from cadenza.decoding.request import (
+        Delta,
+        EngineClosed,
+        GenerationRequest,
+        PromptDone,
+        QueueFull,
+        RequestError,
+        RequestFailed,
+        SamplingParams,
+        TokenLogprob,
+    )
+    from cadenza.decoding.stream import RequestStream
+
+_HOMES = {
+    "Completion": "completion",
+    "Delta": "request",
+    "Engine": "engine",
+    "EngineClosed": "request",
+    "EngineConfig": "config",
+    "EngineStats": "engine",
+    "GenerationRequest": "request",
+    "PromptDone": "request",
+    "QueueFull": "request",
+    "RequestError": "request",
+    "RequestFailed": "request",
+    "RequestStream": "stream",
+    "SamplingParams": "request",
+    "TokenLogprob": "request",
+}
+
+__all__ = [
+    "Completion",
+    "Delta",
+    "Engine",
+    "EngineClosed",
+    "EngineConfig",
+    "EngineStats",
+    "GenerationRequest",
+    "PromptDone",
+    "QueueFull",
+    "RequestError",
+    "RequestFailed",
+    "RequestStream",
+    "SamplingParams",
+    "TokenLogprob",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"cadenza.decoding.{_HOMES[name]}"), name)

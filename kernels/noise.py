@@ -49,6 +49,15 @@ def random_words(seed: Tensor, branch: Tensor, position: Tensor, token: Tensor) 
     return torch.where(lane < 2, torch.where(lane == 0, first, second), torch.where(lane == 2, third, fourth))
 
 
+def all_words(seed: Tensor, branch: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+    """`random_words` of tokens 0 … vocab_size-1 for R rows, four words per call: arguments [R], result [R, vocab]."""
+    num_blocks = -(-vocab_size // BLOCK)
+    group = torch.arange(num_blocks * QUARTER, device=seed.device)[None, :]
+    words = philox(seed[:, None], (group, position[:, None], branch[:, None], torch.zeros_like(group)))
+    lanes = torch.stack([word.unflatten(1, (num_blocks, QUARTER)) for word in words], dim=2)
+    return lanes.flatten(1)[:, :vocab_size]
+
+
 def gumbel(words: Tensor) -> Tensor:
     """Standard Gumbel noise, float32, from uint32 words: -log(E) with E exponentially distributed.
 

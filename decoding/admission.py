@@ -1,0 +1,107 @@
+"""From a request to what the engine runs: everything that only the model can tell is checked here, once.
+
+A request that passes can be served to its end; one that cannot is a `RequestError` that names the field.
+"""
+
+from collections.abc import Iterable
+
+from cadenza.decoding.block_pool import prefix_root
+from cadenza.decoding.branch import Branch
+from cadenza.decoding.config import EngineConfig
+from cadenza.decoding.detokenizer import IncrementalDetokenizer, StopStringFilter, TextStream
+from cadenza.decoding.generation import Generation
+from cadenza.decoding.request import GenerationRequest, RequestError, SamplingParams
+from cadenza.decoding.strategies import IndependentBranches
+from cadenza.decoding.stream import RequestStream
+from cadenza.models import LoadedModel, Tokenizer
+
+
+def admit(
+    request: GenerationRequest,
+    *,
+    model: LoadedModel,
+    config: EngineConfig,
+    max_model_len: int,
+    arrival: int,
+    seed: int,
+    stream: RequestStream,
+) -> Generation:
+    """Raises RequestError."""
+    params, tokenizer = request.sampling, model.tokenizer
+    vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
+    _check_ids("prompt", request.prompt_token_ids, vocab_size)
+    _check_ids("logit_bias", params.logit_bias, vocab_size)
+    _check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
+    _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+    for name in ("logprobs", "prompt_logprobs"):
+        wanted = getattr(params, name)
+        if wanted is not None and wanted > config.max_logprobs:
+            raise RequestError(f"{name} must be at most {config.max_logprobs}, got {wanted}", name)
+    root = Branch(
+        order=(request.priority, arrival, 0),
+        index=0,
+        num_prompt_tokens=len(request.prompt_token_ids),
+        token_ids=list(request.prompt_token_ids),
+        text=TextStream(
+            IncrementalDetokenizer(tokenizer, request.prompt_token_ids, params.skip_special_tokens),
+            StopStringFilter(params.stop, params.include_stop_str_in_output),
+        ),
+        cache_root=prefix_root(cache_salt=request.cache_salt),
+        reads_cache=params.prompt_logprobs is None,
+    )
+    return Generation(
+        request=request,
+        stream=stream,
+        strategy=IndependentBranches(params.n),
+        root=root,
+        seed=seed,
+        max_tokens=_max_tokens(request, max_model_len),
+        eos_token_ids=frozenset(model.eos_token_ids),
+        bad_words=_bad_words(tokenizer, params),
+    )
+
+
+def _check_ids(param: str, ids: Iterable[int], vocab_size: int) -> None:
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"{param} has token id {token_id}, outside the vocabulary of {vocab_size}", param
+            )
+
+
+def _max_tokens(request: GenerationRequest, max_model_len: int) -> int:
+    num_prompt, asked = len(request.prompt_token_ids), request.sampling.max_tokens
+    room = max_model_len - num_prompt
+    if num_prompt == 0:
+        raise RequestError("the prompt is empty: there is no token to go on from", "prompt")
+    if room < 0 or (room == 0 and asked != 0):
+        raise RequestError(
+            f"the prompt has {num_prompt} tokens, which leaves no room for an answer:"
+            f" the model's context length is {max_model_len} tokens",
+            "prompt",
+            "context_length_exceeded",
+        )
+    if asked is not None and asked > room:
+        raise RequestError(
+            f"the prompt has {num_prompt} tokens and max_tokens is {asked}, {num_prompt + asked} together:"
+            f" the model's context length is {max_model_len} tokens",
+            "max_tokens",
+            "context_length_exceeded",
+        )
+    if request.sampling.min_tokens > room:
+        raise RequestError(
+            f"min_tokens is {request.sampling.min_tokens}, but the context has room for {room} more tokens",
+            "min_tokens",
+        )
+    return room if asked is None else asked
+
+
+def _bad_words(tokenizer: Tokenizer, params: SamplingParams) -> list[list[int]]:
+    """Each word as it is tokenized at the start of a text and after a space."""
+    sequences: list[list[int]] = []
+    for word in params.bad_words:
+        for text in (word, " " + word.lstrip()):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if ids and ids not in sequences:
+                sequences.append(ids)
+    return sequences

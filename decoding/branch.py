@@ -1,0 +1,88 @@
+"""A branch: one line of tokens growing from a request's prompt, and the KV cache blocks that hold it.
+
+Facts are stored, conclusions are properties. A branch knows nothing of tensors, threads or HTTP.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cadenza.decoding.block_pool import hash_block
+from cadenza.decoding.detokenizer import TextStream
+from cadenza.decoding.request import FinishReason
+
+
+@dataclass(slots=True, eq=False)
+class Branch:
+    order: tuple[int, int, int]
+    """(priority, arrival of the request, index): who goes first, and who is preempted last."""
+    index: int
+    """Which of the request's choices; also the `branch` of its random numbers."""
+    num_prompt_tokens: int
+    token_ids: list[int]
+    """Prompt and generated tokens."""
+    text: TextStream
+    cache_root: bytes
+    """What the prompt's block hashes start from: adapter and cache salt."""
+    reads_cache: bool = True
+    """False where every prompt token must be computed, for its log-probabilities."""
+    num_computed: int = 0
+    """Leading tokens whose keys and values are in the cache."""
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Of the full blocks of the prompt, as far as they were needed."""
+    num_published: int = 0
+    num_cached_tokens: int | None = None
+    """Prompt tokens that the prefix cache supplied when the branch was first admitted."""
+    cumulative_logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def generated(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only the token that was generated last is missing from the cache."""
+        return self.num_generated > 0 and self.num_uncomputed == 1
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def prompt_hashes(self, count: int, block_size: int) -> Sequence[bytes]:
+        """The hashes of the prompt's first `count` full blocks."""
+        while len(self.block_hashes) < count:
+            start = len(self.block_hashes) * block_size
+            parent = self.block_hashes[-1] if self.block_hashes else self.cache_root
+            self.block_hashes.append(hash_block(parent, self.token_ids[start : start + block_size]))
+        return self.block_hashes[:count]
+
+    def fork(self, index: int) -> "Branch":
+        """A copy that shares the blocks; whoever calls adds the references. Only before the first token."""
+        assert self.num_generated == 0
+        return Branch(
+            order=(*self.order[:2], index),
+            index=index,
+            num_prompt_tokens=self.num_prompt_tokens,
+            token_ids=list(self.token_ids),
+            text=self.text.fork(),
+            cache_root=self.cache_root,
+            reads_cache=self.reads_cache,
+            num_computed=self.num_computed,
+            block_table=list(self.block_table),
+            block_hashes=list(self.block_hashes),
+            num_published=self.num_published,
+        )

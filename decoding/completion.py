@@ -1,0 +1,60 @@
+"""Answers for scripts: the events of a request folded into plain values."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cadenza.decoding.request import Delta, Event, FinishReason, PromptDone, TokenLogprob
+from cadenza.models import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text, token ids, or chat messages."""
+
+
+@dataclass(slots=True)
+class CompletionChoice:
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class Completion:
+    choices: list[CompletionChoice]
+    prompt: PromptDone | None = None
+
+    @property
+    def text(self) -> str:
+        """The first choice's."""
+        return self.choices[0].text
+
+
+def collect(events: Iterable[Event], n: int) -> Completion:
+    """Fold a request's events. Raises what iterating them raises."""
+    completion = Completion([CompletionChoice() for _ in range(n)])
+    for event in events:
+        if isinstance(event, PromptDone):
+            completion.prompt = event
+        else:
+            _add(completion.choices[event.index], event)
+    return completion
+
+
+def _add(choice: CompletionChoice, delta: Delta) -> None:
+    choice.text += delta.text
+    choice.token_ids += delta.token_ids
+    choice.logprobs += delta.logprobs or ()
+    choice.finish_reason = delta.finish_reason
+    choice.stop_reason = delta.stop_reason
+
+
+def prompt_token_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
+    """Token ids as they are; messages through the model's chat template."""
+    if isinstance(prompt, str):
+        return tuple(tokenizer.encode(prompt))
+    if prompt and isinstance(prompt[0], Mapping):
+        text = tokenizer.render_chat([dict(message) for message in prompt])  # type: ignore[arg-type]
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+    return tuple(prompt)  # type: ignore[arg-type]

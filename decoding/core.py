@@ -1,0 +1,144 @@
+"""One step of the engine: schedule → run → choose → advance. Runs on the engine's thread only.
+
+Everything that a step touches belongs to it; the rest of the program talks to it through `engine`.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from cadenza.decoding.block_pool import BlockPool
+from cadenza.decoding.branch import Branch
+from cadenza.decoding.generation import Generation
+from cadenza.decoding.logits import Choice, LogitsPipeline, Row, token_logprobs
+from cadenza.decoding.request import RequestFailed
+from cadenza.decoding.runner import ModelRunner, StepLogits
+from cadenza.decoding.scheduler import Scheduler, Step
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class TokenCounts:
+    prompt: int = 0
+    generated: int = 0
+
+
+class EngineCore:
+    def __init__(
+        self, pool: BlockPool, scheduler: Scheduler, runner: ModelRunner, pipeline: LogitsPipeline
+    ) -> None:
+        self.pool = pool
+        self.scheduler = scheduler
+        self.tokens = TokenCounts()
+        self._runner = runner
+        self._pipeline = pipeline
+        self._generations: dict[Branch, Generation] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, generation: Generation) -> None:
+        self._generations[generation.root] = generation
+        self.scheduler.add(generation.root)
+
+    def remove(self, generation: Generation) -> None:
+        """Forget a request, finished or not, and free all that its branches hold."""
+        branches = generation.branches or [generation.root]
+        for branch in [branch for branch in branches if branch in self._generations]:
+            self._drop(branch)
+
+    def fail(self, generation: Generation, error: Exception) -> None:
+        self.remove(generation)
+        generation.deliver()
+        generation.stream.close(error)
+
+    def fail_all(self, error: Exception) -> None:
+        for generation in set(self._generations.values()):
+            self.fail(generation, error)
+
+    def step(self) -> None:
+        step = self.scheduler.schedule()
+        try:
+            output = self._runner(step, self._wants_prompt_logits(step))
+            self.scheduler.complete(step)
+            self._score_prompts(step, output)
+            members, rows = self._rows(output)
+            choices = self._pipeline(output.logits, rows) if rows else []
+        except Exception as error:  # whatever went wrong, only the requests of this step are lost
+            log.exception("a step failed")
+            for generation in {self._generations[span.branch] for span in step.spans}:
+                self.fail(generation, RequestFailed(f"the engine failed on this request: {error}"))
+            return
+        self._advance(members, choices)
+
+    def _wants_prompt_logits(self, step: Step) -> list[Branch]:
+        return [
+            span.branch
+            for span in step.spans
+            if not (generation := self._generations[span.branch]).is_begun
+            and generation.request.sampling.prompt_logprobs is not None
+        ]
+
+    def _score_prompts(self, step: Step, output: StepLogits) -> None:
+        """Log-probabilities of the prompt tokens that this step's logits predict."""
+        for span in step.spans:
+            if span.branch not in output.prompt_rows:
+                continue
+            first, count = output.prompt_rows[span.branch]
+            generation = self._generations[span.branch]
+            num_known = len(generation.prompt_logprobs) - 1 - span.start  # scored before a preemption
+            targets = span.branch.token_ids[span.start + 1 + num_known : span.start + count + 1]
+            if targets:
+                logits = output.logits[first + num_known : first + num_known + len(targets)]
+                wanted = [generation.request.sampling.prompt_logprobs or 0] * len(targets)
+                tokens = torch.tensor(targets, device=logits.device)
+                generation.prompt_logprobs += token_logprobs(logits, tokens, wanted)
+
+    def _rows(self, output: StepLogits) -> tuple[list[Branch], list[Row]]:
+        """Who needs a token. A request whose prompt is done begins here: its forks share one row of logits."""
+        members: list[Branch] = []
+        rows: list[Row] = []
+        for branch, logits_row in output.last_row.items():
+            generation = self._generations[branch]
+            self.tokens.prompt += 0 if generation.is_begun else branch.num_prompt_tokens
+            ready = [branch] if generation.is_begun else self._begin(generation)
+            for member in ready:
+                members.append(member)
+                rows.append(generation.row(member, logits_row))
+        return members, rows
+
+    def _begin(self, generation: Generation) -> list[Branch]:
+        """The branches that take their first token now; forks beyond the batch's limit come when there is room."""
+        branches = generation.begin()
+        if not branches:  # max_tokens 0: there is nothing to generate
+            self._drop(generation.root)
+            generation.deliver()
+        for branch in branches:
+            if branch is not generation.root:
+                self._generations[branch] = generation
+                self.scheduler.add_fork(branch)
+        return [branch for branch in branches if self.scheduler.is_running(branch)]
+
+    def _advance(self, members: Iterable[Branch], choices: Iterable[Choice]) -> None:
+        results: dict[Generation, list[tuple[Branch, Choice]]] = {}
+        for branch, choice in zip(members, choices, strict=True):
+            results.setdefault(self._generations[branch], []).append((branch, choice))
+            self.tokens.generated += 1
+        for generation, own in results.items():
+            try:
+                generation.advance(own)
+            except RequestFailed as error:
+                self.fail(generation, error)
+                continue
+            for branch, _ in own:
+                if branch.is_finished:
+                    self._drop(branch)
+            generation.deliver()
+
+    def _drop(self, branch: Branch) -> None:
+        del self._generations[branch]
+        self.scheduler.remove(branch)

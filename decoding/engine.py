@@ -1,0 +1,263 @@
+"""The engine: its own thread behind a narrow interface of submit, abort and a stream of events.
+
+`submit` checks a request against the model and queues it; the thread takes new requests and aborts between
+steps, so that an abort frees its blocks before the next forward pass. `generate` and `stream` are the same for
+scripts.
+"""
+
+import logging
+import secrets
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cadenza.decoding import probe
+from cadenza.decoding.admission import admit
+from cadenza.decoding.block_pool import BlockPool
+from cadenza.decoding.completion import Completion, Prompt, collect, prompt_token_ids
+from cadenza.decoding.config import EngineConfig, plan_blocks
+from cadenza.decoding.core import EngineCore
+from cadenza.decoding.generation import Generation
+from cadenza.decoding.kv_cache import KVCache, LayerShape
+from cadenza.decoding.logits import LogitsPipeline
+from cadenza.decoding.request import (
+    Delta,
+    EngineClosed,
+    GenerationRequest,
+    QueueFull,
+    SamplingParams,
+)
+from cadenza.decoding.runner import ModelRunner
+from cadenza.decoding.scheduler import Scheduler
+from cadenza.decoding.stream import RequestStream
+from cadenza.models import LoadConfig, LoadedModel, Tokenizer, load_model
+from cadenza.models.linear import can_pack, pack_linears
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    num_running: int
+    """Requests with a branch in the batch."""
+    num_waiting: int
+    kv_cache_usage: float
+    """Share of the blocks that some branch holds, 0 … 1."""
+    prefix_cache_queries: int
+    """Tokens looked up."""
+    prefix_cache_hits: int
+    """Tokens found."""
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    num_preemptions: int
+
+
+class Engine:
+    """Serves one model. Raises `ModelError` where the model or the configuration cannot work.
+
+    Takes the model over: its attention and, on a CPU, its linear layers are replaced in place.
+    """
+
+    def __init__(self, model: LoadedModel, config: EngineConfig = EngineConfig()) -> None:
+        self.model = model
+        self.config = config
+        if can_pack(model.device, model.dtype):
+            pack_linears(model.module)
+        shapes = probe.layer_shapes(model.module, model.config)
+        probe.check_against_eager(model.module, shapes, config.block_size)
+        num_blocks = plan_blocks(config, model, shapes)
+        self.num_kv_tokens = num_blocks * config.block_size
+        self.max_model_len = min(model.max_model_len, self.num_kv_tokens)
+        self._core = self._build_core(shapes, num_blocks)
+
+        self._changed = threading.Condition()
+        self._inbox: list[Generation] = []
+        self._aborted: list[Generation] = []
+        self._active: dict[RequestStream, Generation] = {}
+        self._num_submitted = 0
+        self._closed: Exception | None = None
+        self._stop_now = False
+        self._thread = threading.Thread(target=self._run, name="cadenza-engine", daemon=True)
+        self._thread.start()
+
+    def _build_core(self, shapes: Sequence[LayerShape], num_blocks: int) -> EngineCore:
+        model, config = self.model, self.config
+        cache = KVCache(shapes, num_blocks, config.block_size, model.dtype, model.device)
+        pool = BlockPool(num_blocks, config.block_size)
+        scheduler = Scheduler(
+            pool, config.max_num_seqs, config.tokens_per_step(model.device), config.enable_prefix_caching
+        )
+        runner = ModelRunner(model.module, cache, model.device)
+        return EngineCore(
+            pool, scheduler, runner, LogitsPipeline(model.tokenizer.vocab_size, config.logprobs_mode)
+        )
+
+    @classmethod
+    def load(
+        cls, source: str, load: LoadConfig = LoadConfig(), config: EngineConfig = EngineConfig()
+    ) -> "Engine":
+        """An engine for `source`: an alias, a Hugging Face id, a local folder or a `.gguf` file."""
+        return cls(load_model(source, load), config)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
+
+    # requests
+
+    def submit(self, request: GenerationRequest) -> RequestStream:
+        """Queue a request; returns at once, from any thread.
+
+        Raises RequestError (the request cannot be served as asked), QueueFull, EngineClosed.
+        """
+        with self._changed:
+            number = self._num_submitted
+            self._num_submitted += 1
+        stream = RequestStream(request.request_id, self._abort)
+        generation = admit(
+            request,
+            model=self.model,
+            config=self.config,
+            max_model_len=self.max_model_len,
+            arrival=number,
+            seed=self._seed(request.sampling, number),
+            stream=stream,
+        )
+        with self._changed:
+            if self._closed is not None:
+                raise EngineClosed(str(self._closed)) from self._closed
+            if len(self._inbox) + self._num_waiting() >= self.config.max_queue:
+                raise QueueFull(f"{self.config.max_queue} requests are waiting already; try again later")
+            self._active[stream] = generation
+            self._inbox.append(generation)
+            self._changed.notify_all()
+        return stream
+
+    def _seed(self, sampling: SamplingParams, number: int) -> int:
+        if sampling.seed is not None:
+            return sampling.seed
+        return secrets.randbits(64) if self.config.seed is None else self.config.seed + number
+
+    def _abort(self, stream: RequestStream) -> None:
+        with self._changed:
+            generation = self._active.pop(stream, None)
+            if generation is not None:
+                self._aborted.append(generation)
+                self._changed.notify_all()
+
+    def generate(self, prompt: Prompt, **sampling: Any) -> Completion:
+        """The whole answer. prompt: text, token ids, or chat messages; sampling: fields of SamplingParams."""
+        return self.generate_batch([prompt], **sampling)[0]
+
+    def generate_batch(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Completion]:
+        """The answers to several prompts, computed together."""
+        params = self._params(sampling)
+        streams = [self.submit(self._request(prompt, params)) for prompt in prompts]
+        return [collect(stream, params.n) for stream in streams]
+
+    def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[str]:
+        """The text of the answer, piece by piece. Leaving the loop early stops the request."""
+        params = self._params({**sampling, "n": 1})
+        stream = self.submit(self._request(prompt, params))
+        try:
+            for event in stream:
+                if isinstance(event, Delta) and event.text:
+                    yield event.text
+        finally:
+            stream.abort()
+
+    def _params(self, fields: dict[str, Any]) -> SamplingParams:
+        return SamplingParams(**{**self.model.sampling_defaults, **fields})
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> GenerationRequest:
+        ids = prompt_token_ids(self.tokenizer, prompt)
+        return GenerationRequest(request_id=uuid.uuid4().hex, prompt_token_ids=ids, sampling=params)
+
+    # state
+
+    def stats(self) -> EngineStats:
+        core = self._core
+        running = {branch.order[1] for branch in list(core.scheduler.running)}
+        waiting = {branch.order[1] for branch in list(core.scheduler.waiting)} - running
+        return EngineStats(
+            num_running=len(running),
+            num_waiting=len(waiting) + len(self._inbox),
+            kv_cache_usage=core.pool.num_held / core.pool.num_blocks,
+            prefix_cache_queries=core.scheduler.prefix_cache_queries,
+            prefix_cache_hits=core.scheduler.prefix_cache_hits,
+            prompt_tokens_total=core.tokens.prompt,
+            generation_tokens_total=core.tokens.generated,
+            num_preemptions=core.scheduler.num_preemptions,
+        )
+
+    def _num_waiting(self) -> int:
+        return len({branch.order[1] for branch in list(self._core.scheduler.waiting)})
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prompts that no running request uses. Only between requests."""
+        self._core.pool.reset_cache()
+
+    def close(self, timeout: float = 0.0) -> None:
+        """Refuse new requests, let running ones finish for `timeout` seconds, then end the thread."""
+        with self._changed:
+            self._closed = self._closed or EngineClosed("the engine is shutting down")
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._active or not self._thread.is_alive(), timeout)
+            self._stop_now = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._take_messages():
+                if self._core.has_work:
+                    self._core.step()
+                self._forget_finished()
+            reason: Exception = EngineClosed("the engine is shutting down")
+        except BaseException as error:  # a defect of ours: everyone who waits must hear of it
+            log.exception("the engine's thread has died")
+            reason = EngineClosed(f"the engine has died: {error!r}")
+            reason.__cause__ = error
+        self._end(reason)
+
+    def _take_messages(self) -> bool:
+        """Wait for work, take what has come in; False: it is time to stop."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stop_now or self._inbox or self._aborted or self._core.has_work
+            )
+            arrived, self._inbox = self._inbox, []
+            aborted, self._aborted = self._aborted, []
+            if self._stop_now:
+                return False
+            for generation in arrived:
+                self._core.add(generation)
+        for generation in aborted:
+            self._core.remove(generation)
+        return True
+
+    def _forget_finished(self) -> None:
+        with self._changed:
+            for stream in [stream for stream in self._active if stream.is_closed]:
+                del self._active[stream]
+            self._changed.notify_all()
+
+    def _end(self, reason: Exception) -> None:
+        with self._changed:
+            self._closed = reason
+            streams = list(self._active)
+            self._active.clear()
+            self._changed.notify_all()
+        self._core.fail_all(reason)
+        for stream in streams:
+            stream.close(reason)

@@ -1,0 +1,187 @@
+"""The logits pipeline: from the forward pass to one token per row, in one call for the whole batch.
+
+`LogitsPipeline.__call__` reads as its specification. Small tensors of parameters are rebuilt from the rows each
+step; what no row uses is skipped. Knows token ids and parameters; no blocks, no text, no requests.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cadenza.decoding.request import SamplingParams, TokenLogprob
+from cadenza.kernels.sampling import SamplingRows, sample, truncate
+
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One branch that needs a token."""
+
+    logits_row: int
+    """Its row in the forward pass' logits; branches that were just forked share one."""
+    sampling: SamplingParams
+    seed: int
+    branch: int
+    prompt: Sequence[int]
+    generated: Sequence[int]
+    banned: Sequence[int]
+    """Token ids that may not come now: ends before min_tokens, last tokens of bad words."""
+    num_logprobs: int | None
+    """Alternatives wanted; 0: the chosen token's log-probability only; None: no log-probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    token_id: int | None
+    """None: the row's bans leave no token, or its logits are not numbers."""
+    logprob: TokenLogprob | None
+
+
+class LogitsPipeline:
+    def __init__(self, vocab_size: int, logprobs_mode: LogprobsMode) -> None:
+        self._vocab_size = vocab_size
+        self._logprobs_mode = logprobs_mode
+
+    def __call__(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
+        """logits: [number of distinct rows, V] float32, left as they are. One choice for each of `rows`."""
+        raw = logits[torch.tensor([row.logits_row for row in rows], device=logits.device)]
+        logits = raw.clone() if self._wants_raw_logprobs(rows) else raw
+        logits = mask_vocabulary(logits, rows, self._vocab_size)
+        logits = apply_penalties(logits, rows)
+        logits = add_bias(logits, rows)
+        parameters = _parameters(rows, logits.device)
+        tokens = sample(logits, parameters)
+        is_possible = logits.gather(1, tokens[:, None])[:, 0] > -torch.inf
+        if self._logprobs_mode == "processed_logprobs":
+            raw = processed_logits(logits, parameters) if _wants_logprobs(rows) else raw
+        return _choices(raw, tokens, is_possible, rows)
+
+    def _wants_raw_logprobs(self, rows: Sequence[Row]) -> bool:
+        return self._logprobs_mode == "raw_logprobs" and _wants_logprobs(rows)
+
+
+def mask_vocabulary(logits: Tensor, rows: Sequence[Row], vocab_size: int) -> Tensor:
+    """-inf, in place, for what a row must not choose, and for the padding of the embedding beyond the vocabulary."""
+    logits[:, vocab_size:] = -torch.inf
+    for number, row in enumerate(rows):
+        if row.sampling.allowed_token_ids is not None:
+            allowed = torch.tensor(row.sampling.allowed_token_ids, device=logits.device)
+            kept = logits[number, allowed]
+            logits[number] = -torch.inf
+            logits[number, allowed] = kept
+    at, ids = _flatten((number, row.banned) for number, row in enumerate(rows))
+    if at:
+        logits[torch.tensor(at), torch.tensor(ids)] = -torch.inf
+    return logits
+
+
+def apply_penalties(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """In place. Repetition (Keskar et al. 2019) counts prompt and answer: positive logits are divided, negative
+    ones multiplied. Frequency and presence (OpenAI) count the answer only: subtracted per time, and once.
+    """
+    for number, row in enumerate(rows):
+        params = row.sampling
+        if params.repetition_penalty != 1.0:
+            seen = torch.tensor(list({*row.prompt, *row.generated}), device=logits.device)
+            values = logits[number, seen]
+            penalized = torch.where(
+                values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+            )
+            logits[number, seen] = penalized
+        if (params.frequency_penalty != 0.0 or params.presence_penalty != 0.0) and row.generated:
+            ids, counts = torch.tensor(row.generated, device=logits.device).unique(return_counts=True)
+            logits[number, ids] -= params.frequency_penalty * counts + params.presence_penalty
+    return logits
+
+
+def add_bias(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """In place: OpenAI's logit_bias."""
+    for number, row in enumerate(rows):
+        if row.sampling.logit_bias:
+            ids = torch.tensor(list(row.sampling.logit_bias), device=logits.device)
+            bias = torch.tensor(list(row.sampling.logit_bias.values()), device=logits.device)
+            logits[number, ids] += bias
+    return logits
+
+
+def processed_logits(logits: Tensor, parameters: SamplingRows) -> Tensor:
+    """What the draw sees: after temperature and truncation, -inf where cut off. Greedy rows stay as they are."""
+    greedy = parameters.temperature == 0
+    result = logits / torch.where(greedy, 1.0, parameters.temperature)[:, None]
+    for chosen, candidates, values in truncate(logits, parameters, parameters.is_truncated & ~greedy):
+        left = torch.full_like(result[chosen], -torch.inf)
+        result[chosen] = left.scatter_(1, candidates, values)
+    return result
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, num_alternatives: Sequence[int]) -> list[TokenLogprob]:
+    """Log-probability, rank and best alternatives of `tokens` [R] under logits [R, V]."""
+    log_probs = logits.float().log_softmax(dim=-1)
+    chosen = log_probs.gather(1, tokens[:, None])
+    ranks = (log_probs > chosen).sum(dim=-1) + 1
+    width = min(max(num_alternatives), logits.shape[-1])
+    values, ids = log_probs.topk(width, dim=-1)
+    result = []
+    for token, logprob, rank, top_ids, top_values, wanted in zip(
+        tokens.tolist(),
+        chosen[:, 0].tolist(),
+        ranks.tolist(),
+        ids.tolist(),
+        values.tolist(),
+        num_alternatives,
+        strict=True,
+    ):
+        pairs = list(zip(top_ids[:wanted], top_values[:wanted], strict=True))
+        # of equally likely tokens, the chosen one is listed first: a greedy choice is its own best alternative
+        pairs.sort(key=lambda pair: (-pair[1], pair[0] != token))
+        if pairs and rank <= wanted and all(top != token for top, _ in pairs):
+            pairs[rank - 1 :] = [(token, logprob), *pairs[rank - 1 : -1]]
+        result.append(TokenLogprob(token, logprob, rank, tuple(pairs)))
+    return result
+
+
+def _choices(logits: Tensor, tokens: Tensor, is_possible: Tensor, rows: Sequence[Row]) -> list[Choice]:
+    wanted = [number for number, row in enumerate(rows) if row.num_logprobs is not None]
+    logprobs: dict[int, TokenLogprob] = {}
+    if wanted:
+        index = torch.tensor(wanted, device=logits.device)
+        alternatives = [rows[number].num_logprobs or 0 for number in wanted]
+        logprobs = dict(zip(wanted, token_logprobs(logits[index], tokens[index], alternatives), strict=True))
+    return [
+        Choice(token if possible else None, logprobs.get(number))
+        for number, (token, possible) in enumerate(zip(tokens.tolist(), is_possible.tolist(), strict=True))
+    ]
+
+
+def _wants_logprobs(rows: Sequence[Row]) -> bool:
+    return any(row.num_logprobs is not None for row in rows)
+
+
+def _parameters(rows: Sequence[Row], device: torch.device) -> SamplingRows:
+    def column(values: Iterable[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=device)
+
+    return SamplingRows(
+        temperature=column((row.sampling.temperature for row in rows), torch.float32),
+        top_k=column((max(row.sampling.top_k, 0) for row in rows), torch.int64),
+        top_p=column((row.sampling.top_p for row in rows), torch.float32),
+        min_p=column((row.sampling.min_p for row in rows), torch.float32),
+        typical_p=column((row.sampling.typical_p for row in rows), torch.float32),
+        seed=column((_as_signed(row.seed) for row in rows), torch.int64),
+        branch=column((row.branch for row in rows), torch.int64),
+        position=column((len(row.generated) for row in rows), torch.int64),
+    )
+
+
+def _as_signed(seed: int) -> int:
+    """The int64 of the same 64 bits."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _flatten(lists: Iterable[tuple[int, Sequence[int]]]) -> tuple[list[int], list[int]]:
+    pairs = [(number, item) for number, items in lists for item in items]
+    return [number for number, _ in pairs], [item for _, item in pairs]

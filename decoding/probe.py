@@ -1,0 +1,137 @@
+"""Finding out what a model's attention layers look like, and proving that our attention computes the same.
+
+transformers has hundreds of architectures. Rather than trust a list, each model is asked: a few tokens go through
+it once with its own eager attention and once through the paged path. A model that cannot work here (attention
+outside transformers' registry, ALiBi, state-space layers, …) is refused by name before it answers anything wrong.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from cadenza.decoding import attention
+from cadenza.decoding.block_pool import prefix_root
+from cadenza.decoding.branch import Branch
+from cadenza.decoding.detokenizer import IncrementalDetokenizer, StopStringFilter, TextStream
+from cadenza.decoding.kv_cache import KVCache, LayerShape
+from cadenza.decoding.runner import ModelRunner
+from cadenza.decoding.scheduler import Span, Step
+from cadenza.models import ModelError
+
+_NAME = "cadenza_probe"
+_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_NUM_PROMPT_TOKENS, _NUM_DECODE_TOKENS = 12, 3
+
+
+def _record_shapes(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    recorded_shapes: dict[int, list[LayerShape]],
+    **_: Any,
+) -> tuple[Tensor, None]:
+    shape = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    recorded_shapes.setdefault(layer, []).append(shape)
+    return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+AttentionInterface.register(_NAME, _record_shapes)
+AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
+
+
+@torch.inference_mode()
+def layer_shapes(module: Any, config: Any) -> list[LayerShape]:
+    """The KV cache shape of every attention layer. Raises ModelError for a model that cannot be served."""
+    name = type(module).__name__
+    unknown = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES
+    if unknown:
+        raise ModelError(f"{name}: layers of type {', '.join(sorted(unknown))} are not supported")
+    recorded: dict[int, list[LayerShape]] = {}
+    device = next(module.parameters()).device
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    positions = torch.arange(2, device=device)[None]
+    try:
+        module.set_attn_implementation(_NAME)
+        module(input_ids=ids, position_ids=positions, use_cache=False, recorded_shapes=recorded)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{name}: its attention cannot be replaced by the paged one ({reason})") from error
+    num_layers = config.num_hidden_layers
+    if sorted(recorded) != list(range(num_layers)) or any(len(calls) != 1 for calls in recorded.values()):
+        raise ModelError(
+            f"{name}: {len(recorded)} of {num_layers} layers use transformers' attention interface exactly once;"
+            " such an architecture cannot use the paged KV cache"
+        )
+    return [recorded[layer][0] for layer in range(num_layers)]
+
+
+@torch.inference_mode()
+def check_against_eager(module: Any, shapes: list[LayerShape], block_size: int) -> None:
+    """Compare logits of the paged path with eager attention's; raises ModelError where they differ.
+
+    Leaves the module with our attention switched on.
+    """
+    name = type(module).__name__
+    parameter = next(module.parameters())
+    total = _NUM_PROMPT_TOKENS + _NUM_DECODE_TOKENS
+    vocab_size = module.get_input_embeddings().num_embeddings
+    tokens = [(7919 * i + 13) % vocab_size for i in range(total)]
+    try:
+        module.set_attn_implementation("eager")
+        expected = (
+            module(
+                input_ids=torch.tensor([tokens], device=parameter.device),
+                position_ids=torch.arange(total, device=parameter.device)[None],
+                use_cache=False,
+            )
+            .logits[0]
+            .float()
+        )
+        module.set_attn_implementation(attention.NAME)
+        actual = _paged_logits(module, shapes, block_size, tokens, parameter)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{name}: the paged attention does not run ({reason})") from error
+    difference = (actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+    limit = 1e-3 if parameter.dtype == torch.float32 else 1e-1
+    if not bool(difference <= limit):
+        raise ModelError(
+            f"{name}: logits through the paged KV cache differ from transformers' own by a factor of"
+            f" {float(difference):.1e}; this architecture is not supported"
+        )
+
+
+def _paged_logits(
+    module: Any, shapes: list[LayerShape], block_size: int, tokens: list[int], like: Tensor
+) -> Tensor:
+    """Logits [len(tokens), V]: a prompt chunk, then the rest as decode rows."""
+    num_blocks = -(-len(tokens) // block_size)
+    cache = KVCache(shapes, num_blocks, block_size, like.dtype, like.device)
+    text = TextStream(IncrementalDetokenizer(_NoText(), (), True), StopStringFilter((), False))
+    branch = Branch(
+        order=(0, 0, 0),
+        index=0,
+        num_prompt_tokens=_NUM_PROMPT_TOKENS,
+        token_ids=tokens[:_NUM_PROMPT_TOKENS],
+        text=text,
+        cache_root=prefix_root(),
+        block_table=list(range(num_blocks)),
+    )
+    runner = ModelRunner(module, cache, like.device)
+    parts = [runner(Step([Span(branch, 0, _NUM_PROMPT_TOKENS)]), [branch]).logits]
+    for position in range(_NUM_PROMPT_TOKENS, len(tokens)):
+        branch.token_ids.append(tokens[position])
+        parts.append(runner(Step([Span(branch, position, position + 1)])).logits)
+    return torch.cat(parts)
+
+
+class _NoText:
+    def decode(self, ids: object, *, skip_special_tokens: bool = True) -> str:
+        return ""

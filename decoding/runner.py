@@ -1,0 +1,166 @@
+"""The model runner: one forward pass over the packed rows of a step.
+
+transformers' own modeling code runs on [1, T] token ids with explicit positions and no cache of its own; our
+attention reads and writes the paged KV cache. Only the logits that someone reads are computed. Knows tensors
+and branches; no requests, no sampling.
+"""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cadenza.decoding import attention
+from cadenza.decoding.attention import AttentionBatch, DecodeGroup, PromptChunk, bucket_length
+from cadenza.decoding.branch import Branch
+from cadenza.decoding.kv_cache import KVCache
+from cadenza.decoding.scheduler import Span, Step
+
+
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    logits: Tensor
+    """[rows, V] float32."""
+    last_row: dict[Branch, int]
+    """Where the logits that choose a branch's next token are, for branches whose last token was computed."""
+    prompt_rows: dict[Branch, tuple[int, int]]
+    """First row and number of rows of a branch's prompt tokens in this step, where all were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tokens in the order of the packed rows: their places in the cache, and who attends together."""
+
+    token_ids: list[int]
+    positions: list[int]
+    slots: list[int]
+    chunks: list[PromptChunk]
+    groups: list[DecodeGroup]
+    row_of: dict[tuple[Branch, int], int]
+    """The packed row of (branch, position), for the last token of every span."""
+    chunk_row: dict[Branch, int]
+    """The first packed row of a branch's prompt chunk."""
+
+
+class ModelRunner:
+    def __init__(self, module: Any, cache: KVCache, device: torch.device) -> None:
+        """`module` is a transformers causal LM that `probe` accepted; its attention becomes ours."""
+        self._module = module
+        self._cache = cache
+        self._device = device
+        self._selects_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
+
+    @torch.inference_mode()
+    def __call__(self, step: Step, wants_prompt_logits: Iterable[Branch] = ()) -> StepLogits:
+        """Compute every span of the step; `step.spans` must not be empty."""
+        self._cache.copy_blocks(step.copies)
+        rows = pack(step.spans, self._cache.block_size, self._device)
+        wanted, last_row, prompt_rows = _wanted_rows(step.spans, rows, set(wants_prompt_logits))
+        return StepLogits(self._forward(rows, wanted), last_row, prompt_rows)
+
+    def _forward(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
+        """Logits [len(wanted), V] float32 of the packed rows `wanted`."""
+
+        def as_tensor(values: Sequence[Any]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+        keep = as_tensor(wanted if wanted else [0])
+        selection = {"logits_to_keep": keep} if self._selects_logits else {}
+        output = self._module(
+            input_ids=as_tensor([rows.token_ids]),
+            position_ids=as_tensor([rows.positions]),
+            use_cache=False,
+            attention_batch=AttentionBatch(self._cache, as_tensor(rows.slots), rows.chunks, rows.groups),
+            **selection,
+        )
+        logits: Tensor = output.logits[0]
+        if not self._selects_logits:
+            logits = logits[keep]
+        return logits[: len(wanted)].float()
+
+
+def pack(spans: Sequence[Span], block_size: int, device: torch.device) -> Rows:
+    """Decode rows first, grouped by bucket, then prompt chunks."""
+    rows = Rows([], [], [], [], [], {}, {})
+    decode_rows = [
+        (branch, position)
+        for branch, start, end in ((span.branch, span.start, span.end) for span in spans)
+        for position in range(max(start, branch.num_prompt_tokens), end)
+    ]
+    decode_rows.sort(key=lambda row: bucket_length(row[1] + 1))
+    for bucket, members in groupby(decode_rows, key=lambda row: bucket_length(row[1] + 1)):
+        same_bucket = list(members)
+        for start in range(0, len(same_bucket), attention.MAX_GROUP_ROWS):
+            part = same_bucket[start : start + attention.MAX_GROUP_ROWS]
+            _add_group(rows, part, bucket // block_size, block_size, device)
+    for span in spans:
+        if span.start < span.branch.num_prompt_tokens:
+            _add_chunk(rows, span, block_size, device)
+    return rows
+
+
+def _add_group(
+    rows: Rows, members: Sequence[tuple[Branch, int]], num_blocks: int, block_size: int, device: torch.device
+) -> None:
+    first_row = len(rows.token_ids)
+    tables = [_padded(branch.block_table, num_blocks) for branch, _ in members]
+    positions = [position for _, position in members]
+    rows.groups.append(
+        DecodeGroup(
+            first_row,
+            len(members),
+            torch.tensor(tables, device=device),
+            torch.tensor(positions, device=device),
+        )
+    )
+    for branch, position in members:
+        _add_row(rows, branch, position, block_size)
+
+
+def _add_chunk(rows: Rows, span: Span, block_size: int, device: torch.device) -> None:
+    branch, end = span.branch, min(span.end, span.branch.num_prompt_tokens)
+    num_blocks = -(-end // attention.TILE) * attention.TILE // block_size
+    table = torch.tensor(_padded(branch.block_table, num_blocks), device=device)
+    first_row = len(rows.token_ids)
+    rows.chunks.append(PromptChunk(first_row, end - span.start, span.start, table))
+    rows.chunk_row[branch] = first_row
+    for position in range(span.start, end):
+        _add_row(rows, branch, position, block_size)
+
+
+def _add_row(rows: Rows, branch: Branch, position: int, block_size: int) -> None:
+    rows.row_of[branch, position] = len(rows.token_ids)
+    rows.token_ids.append(branch.token_ids[position])
+    rows.positions.append(position)
+    rows.slots.append(branch.block_table[position // block_size] * block_size + position % block_size)
+
+
+def _padded(table: Sequence[int], length: int) -> list[int]:
+    return [*table[:length], *[0] * (length - len(table))]
+
+
+def _wanted_rows(
+    spans: Sequence[Span], rows: Rows, wants_prompt: set[Branch]
+) -> tuple[list[int], dict[Branch, int], dict[Branch, tuple[int, int]]]:
+    """The packed rows whose logits are read, and where each branch finds its own among them."""
+    wanted: list[int] = []
+    last_row: dict[Branch, int] = {}
+    prompt_rows: dict[Branch, tuple[int, int]] = {}
+    for span in spans:
+        branch = span.branch
+        if branch in wants_prompt and branch in rows.chunk_row:
+            first, count = rows.chunk_row[branch], min(span.end, branch.num_prompt_tokens) - span.start
+            prompt_rows[branch] = (len(wanted), count)
+            wanted += range(first, first + count)
+        if span.reaches_end:
+            row = rows.row_of[branch, span.end - 1]
+            if branch in prompt_rows and branch.num_generated == 0:
+                last_row[branch] = len(wanted) - 1
+            else:
+                last_row[branch] = len(wanted)
+                wanted.append(row)
+    return wanted, last_row, prompt_rows

@@ -1,0 +1,196 @@
+"""Which tokens are computed in the next step, and where their keys and values go.
+
+Continuous batching: each step takes, under a budget of tokens, one token of every decoding branch, then chunks
+of prompts in progress, then new branches. When blocks run out, the branch that comes last in order is
+preempted: it gives its blocks back, waits, and is recomputed later (vLLM's "recompute", Kwon et al. 2023).
+The first branch in order can always take what it needs, so every request comes to its end.
+
+Knows branches and block ids; no tensors, no tokens' meaning.
+"""
+
+import bisect
+from dataclasses import dataclass, field
+
+from cadenza.decoding.attention import TILE
+from cadenza.decoding.block_pool import BlockPool
+from cadenza.decoding.branch import Branch
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens `start … end-1` of a branch, to be computed in this step."""
+
+    branch: Branch
+    start: int
+    end: int
+
+    @property
+    def reaches_end(self) -> bool:
+        """The branch's last token is among them: its logits choose the next one."""
+        return self.end == self.branch.num_tokens
+
+
+@dataclass(slots=True)
+class Step:
+    spans: list[Span] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    """(source, destination) blocks to copy before the forward pass: shared ones about to be written."""
+
+
+def _order(branch: Branch) -> tuple[int, int, int]:
+    return branch.order
+
+
+class Scheduler:
+    def __init__(
+        self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, enable_prefix_caching: bool
+    ) -> None:
+        self._pool = pool
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._enable_prefix_caching = enable_prefix_caching
+        self.waiting: list[Branch] = []  # both sorted by order
+        self.running: list[Branch] = []
+        self.num_preemptions = 0
+        self.prefix_cache_queries = 0
+        self.prefix_cache_hits = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, branch: Branch) -> None:
+        """Let a new branch wait for its turn."""
+        bisect.insort(self.waiting, branch, key=_order)
+
+    def add_fork(self, fork: Branch) -> None:
+        """Take on a branch that shares its parent's blocks; where there is no room for it, it waits without them."""
+        if len(self.running) < self._max_num_seqs:
+            self._pool.share(fork.block_table)
+            bisect.insort(self.running, fork, key=_order)
+        else:
+            fork.block_table, fork.num_computed, fork.num_published = [], 0, 0
+            self.add(fork)
+
+    def remove(self, branch: Branch) -> None:
+        """Forget a branch, wherever it is, and free its blocks."""
+        (self.running if branch in self.running else self.waiting).remove(branch)
+        self._release(branch)
+
+    def is_running(self, branch: Branch) -> bool:
+        return branch in self.running
+
+    def schedule(self) -> Step:
+        step = Step()
+        budget = self._max_num_batched_tokens
+        for branch in [branch for branch in self.running if branch.is_decoding]:
+            if branch in self.running and self._make_room(branch, branch.num_tokens, step):
+                step.spans.append(Span(branch, branch.num_computed, branch.num_tokens))
+                budget -= 1
+        for branch in [branch for branch in self.running if not branch.is_decoding]:
+            budget -= self._schedule_chunk(branch, budget, step)
+        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
+            branch = self.waiting[0]
+            if not self._admit(branch):
+                break
+            budget -= self._schedule_chunk(branch, budget, step)
+        return step
+
+    def complete(self, step: Step) -> None:
+        """The step's tokens have been computed."""
+        for span in step.spans:
+            span.branch.num_computed = span.end
+            if self._enable_prefix_caching:
+                self._publish(span.branch)
+
+    def _schedule_chunk(self, branch: Branch, budget: int, step: Step) -> int:
+        """Schedule as much of the uncomputed tokens as the budget allows; returns how many.
+
+        A prompt is cut at tile boundaries only, so that its keys and values do not depend on where it was cut.
+        """
+        end = min(branch.num_tokens, branch.num_computed + budget)
+        if end < branch.num_prompt_tokens:
+            end -= end % TILE
+        if end <= branch.num_computed:
+            return 0
+        step.spans.append(Span(branch, branch.num_computed, end))
+        return end - branch.num_computed
+
+    def _admit(self, branch: Branch) -> bool:
+        """Give a waiting branch blocks for all its tokens, cached ones first, and let it run."""
+        hits = self._cached_blocks(branch)
+        self._pool.share(hits)
+        num_needed = -(-branch.num_tokens // self._pool.block_size) - len(hits)
+        reserve = self._pool.num_blocks // 100 if self.running else 0  # so that it is not preempted at once
+        fresh = None
+        if num_needed + reserve <= self._pool.num_available:
+            fresh = self._pool.allocate(num_needed)
+        if fresh is None:
+            self._pool.release(hits)
+            return False
+        self.prefix_cache_queries += branch.num_tokens
+        self.prefix_cache_hits += len(hits) * self._pool.block_size
+        branch.block_table = hits + fresh
+        branch.num_computed = len(hits) * self._pool.block_size
+        branch.num_published = len(hits)
+        if branch.num_cached_tokens is None:
+            branch.num_cached_tokens = branch.num_computed
+        self.waiting.remove(branch)
+        bisect.insort(self.running, branch, key=_order)
+        return True
+
+    def _cached_blocks(self, branch: Branch) -> list[int]:
+        """Cached blocks of whole tiles of the prompt, short of its last token where its logits are needed."""
+        if not (self._enable_prefix_caching and branch.reads_cache):
+            return []
+        num_usable = branch.num_prompt_tokens - (branch.num_generated == 0)
+        blocks_per_tile = TILE // self._pool.block_size
+        num_blocks = num_usable // TILE * blocks_per_tile
+        hits = self._pool.match(branch.prompt_hashes(num_blocks, self._pool.block_size))
+        return hits[: len(hits) // blocks_per_tile * blocks_per_tile]
+
+    def _make_room(self, branch: Branch, end: int, step: Step) -> bool:
+        """Blocks for the branch's tokens up to `end`, its own where it will write; preempts others, or it itself."""
+        block_size = self._pool.block_size
+        while True:
+            first = branch.num_computed // block_size
+            shared = first < len(branch.block_table) and self._pool.refs(branch.block_table[first]) > 1
+            num_needed = -(-end // block_size) - len(branch.block_table) + shared
+            fresh = self._pool.allocate(num_needed)
+            if fresh is not None:
+                break
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is branch:
+                return False
+        if shared:
+            copy = fresh.pop()
+            step.copies.append((branch.block_table[first], copy))
+            self._pool.release([branch.block_table[first]])
+            branch.block_table[first] = copy
+        branch.block_table += fresh
+        return True
+
+    def _preempt(self, branch: Branch) -> None:
+        self.num_preemptions += 1
+        self.running.remove(branch)
+        self._release(branch)
+        self.add(branch)
+
+    def _release(self, branch: Branch) -> None:
+        self._pool.release(branch.block_table)
+        branch.block_table = []
+        branch.num_computed = branch.num_published = 0
+
+    def _publish(self, branch: Branch) -> None:
+        """Offer computed full blocks of the prompt to other requests.
+
+        Not those of generated tokens: computed as decode rows they differ in the last bit from what a prompt
+        of the same tokens would compute, and a cache must not change a result.
+        """
+        block_size = self._pool.block_size
+        num_full = min(branch.num_computed, branch.num_prompt_tokens) // block_size
+        hashes = branch.prompt_hashes(num_full, block_size)
+        for number in range(branch.num_published, num_full):
+            self._pool.publish(branch.block_table[number], hashes[number])
+        branch.num_published = max(branch.num_published, num_full)
