@@ -53,7 +53,7 @@ class ApiKeys:
         if scheme.lower() != "bearer":
             return False
         # Every key is compared, in constant time: how long it takes tells nothing.
-        matches = [secrets.compare_digest(given.strip().encode(), key) for key in self._keys]
+        matches = [secrets.compare_digest(given.strip().encode("latin-1"), key) for key in self._keys]
         return any(matches)
 
 

@@ -106,6 +106,6 @@ def _report(engine: "Engine", url: str, imports: float, total: float) -> None:
     stages["engine"] = max(0.0, total - sum(stages.values()))
     spent = ", ".join(f"{name} {seconds:.2f}" for name, seconds in stages.items())
     print(f"model     {model.name}: {str(model.dtype).removeprefix('torch.')} on {model.device}")
-    print(f"context   {engine.max_model_len} tokens; KV cache for {engine.kv_cache_tokens} tokens")
+    print(f"context   {engine.max_model_len} tokens; KV cache for {engine.num_kv_tokens} tokens")
     print(f"loaded    in {total:.2f} s ({spent})")
     print(f"ready     {url}/v1", flush=True)

@@ -82,10 +82,13 @@ class Message(Wire):
         return message
 
 
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
 class ChatPrompt(Wire):
     """What makes a prompt out of messages; /tokenize takes the same fields."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template: str | None = None

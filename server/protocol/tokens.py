@@ -3,7 +3,7 @@
 from typing import Any
 
 from cadenza.decoding.request import RequestError
-from cadenza.server.protocol.chat import ChatPrompt, Message
+from cadenza.server.protocol.chat import ChatPrompt, Messages
 from cadenza.server.protocol.wire import Wire
 
 
@@ -13,7 +13,7 @@ class TokenizeRequest(Wire):
     model: str | None = None
     return_token_strs: bool = False
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
