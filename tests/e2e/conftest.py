@@ -1,0 +1,77 @@
+"""A live server with the real model on a real socket: the same app and the same uvicorn as `cadenza serve`."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import openai
+import pytest
+
+from cadenza.decoding import Engine, EngineConfig
+from cadenza.models import LoadConfig
+from cadenza.server.http_server import DrainingServer
+from cadenza.server.service import Service
+
+MAX_QUEUE = 96
+
+
+@pytest.fixture(scope="session")
+def live_engine() -> Iterator[Engine]:
+    engine = Engine.load(
+        "smollm2",
+        LoadConfig(dtype="float32", device="cpu"),
+        EngineConfig(kv_cache_memory_gb=0.5, max_queue=MAX_QUEUE),
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def base_url(live_engine: Engine) -> Iterator[str]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = DrainingServer(Service(loaded=live_engine))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="live-server")
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.stop()
+    thread.join()
+
+
+@pytest.fixture(scope="session")
+def http(base_url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=base_url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def client(base_url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def metric(http: httpx.Client) -> Callable[[str], float]:
+    """The value of a metric right now."""
+
+    def read(name: str) -> float:
+        for line in http.get("/metrics").text.splitlines():
+            if line.startswith(f"cadenza:{name}{{"):
+                return float(line.rpartition(" ")[2])
+        raise KeyError(name)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def eventually() -> Callable[..., None]:
+    """Waits until a condition holds, and fails if it does not within `seconds`."""
+
+    def wait(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "the condition did not come true in time"
+            time.sleep(0.01)
+
+    return wait
