@@ -4,6 +4,7 @@ Only decoder-only language models do: each token sees the ones before it, throug
 That a class goes through transformers' attention registry is the engine's check, not this one's.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,21 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # a damaged file, an unknown model_type, code that is not trusted
+    except Exception as error:  # a damaged file, an unknown model_type
+        if not trust_remote_code and (code := _own_code(folder)):
+            raise ModelError(
+                f"{folder} needs its author's code ({code}); pass --trust-remote-code if you trust it"
+            ) from error
         raise ModelError(f"the configuration in {folder} cannot be used: {one_line(error)}") from error
+
+
+def _own_code(folder: Path) -> str | None:
+    """The Python class that the model's configuration asks for, if it asks for one of its own."""
+    try:
+        code = json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]["AutoConfig"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(code)
 
 
 def causal_lm_class(config: Any, *, trust_remote_code: bool) -> Any:
@@ -37,8 +51,9 @@ def causal_lm_class(config: Any, *, trust_remote_code: bool) -> Any:
         raise ModelError(
             f"{name} is an encoder-decoder model; only decoder-only language models can be served"
         )
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return _remote_class(config, trust_remote_code)
+    own_classes = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and "AutoModelForCausalLM" in own_classes:
+        return _remote_class(config, own_classes["AutoModelForCausalLM"])
     from transformers import AutoModelForCausalLM
 
     try:
@@ -54,12 +69,7 @@ def causal_lm_class(config: Any, *, trust_remote_code: bool) -> Any:
     return model_class
 
 
-def _remote_class(config: Any, trust_remote_code: bool) -> Any:
-    reference = config.auto_map["AutoModelForCausalLM"]
-    if not trust_remote_code:
-        raise ModelError(
-            f"this model runs its own code ({reference}); pass --trust-remote-code if you trust it"
-        )
+def _remote_class(config: Any, reference: str) -> Any:
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     try:

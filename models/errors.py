@@ -11,4 +11,6 @@ class ModelError(Exception):
 def one_line(error: BaseException, limit: int = 300) -> str:
     """What another library's exception says, folded into a single line fit for a `ModelError`."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"{text} is missing"
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -102,7 +102,7 @@ def _load(source: str, config: LoadConfig) -> LoadedModel:
     with _stage("weights", timings):
         require_memory(checkpoint.loaded_bytes(dtype.itemsize), device, source)
         module = _load_module(model_class, folder, model_config, checkpoint, dtype)
-        module.to(device)
+        _to_device(module, device, source)
     own = read_generation_config(folder)
     return LoadedModel(
         source=source,
@@ -177,20 +177,16 @@ def _template_text(template: str | None) -> str | None:
 def _load_module(
     model_class: Any, folder: Path, model_config: Any, checkpoint: Checkpoint, dtype: "torch.dtype"
 ) -> Any:
-    from transformers.utils import logging
-
-    show_bar = sys.stderr.isatty() and logging.is_progress_bar_enabled()
-    if not show_bar:
-        logging.disable_progress_bar()
     try:
-        module, report = model_class.from_pretrained(
-            str(folder),
-            config=model_config,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=not checkpoint.is_pickle,
-            output_loading_info=True,
-        )
+        with _progress_bar_on_terminals_only():
+            module, report = model_class.from_pretrained(
+                str(folder),
+                config=model_config,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=not checkpoint.is_pickle,
+                output_loading_info=True,
+            )
     except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"the weights in {folder} cannot be loaded: {one_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
@@ -198,6 +194,29 @@ def _load_module(
             f"the weights in {folder} lack {len(missing)} of the model's tensors, such as {missing[0]}"
         )
     return module.eval().requires_grad_(False)
+
+
+def _to_device(module: Any, device: "torch.device", source: str) -> None:
+    import torch
+
+    try:
+        module.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"{source} does not fit: {device} ran out of memory") from error
+
+
+@contextlib.contextmanager
+def _progress_bar_on_terminals_only() -> Iterator[None]:
+    from transformers.utils import logging
+
+    hide = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hide:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            logging.enable_progress_bar()
 
 
 def _sampling_defaults(choice: str, own: dict[str, Any]) -> dict[str, float | int]:
