@@ -1,0 +1,26 @@
+"""One engine over the real model for every test of this folder, and the same weights as transformers runs them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cadenza.decoding import Engine, EngineConfig
+from cadenza.models import LoadedModel
+
+
+@pytest.fixture(scope="session")
+def engine(smollm2: LoadedModel) -> Iterator[Engine]:
+    with Engine(smollm2, EngineConfig(max_num_seqs=32, kv_cache_memory_gb=0.5)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def reference(smollm2_path: Path) -> Any:
+    """transformers' own model with its own attention. The engine takes over the other copy in place."""
+    return AutoModelForCausalLM.from_pretrained(
+        smollm2_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
