@@ -11,7 +11,7 @@ exact zeros. Generated tokens are always computed as decode rows, also when a pr
 them, so that the recomputed cache equals the lost one bit for bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,61 +116,73 @@ def paged_attention(
 
     softcap: Gemma 2's tanh limit on scores. s_aux: gpt-oss' attention sinks, [H].
     """
-    cache, layer = attention_batch.cache, int(module.layer_idx)  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, heads, D]
-    cache.write(layer, attention_batch.slots, k, v)
-    num_kv_heads = k.shape[1]
-    q = q.unflatten(1, (num_kv_heads, -1))  # [T, Hkv, G, D]
+    attention_batch.cache.write(layer, attention_batch.slots, k, v)
+    q = q.unflatten(1, (k.shape[1], -1))  # [T, Hkv, G, D]
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    sinks = None if s_aux is None else s_aux.view(num_kv_heads, -1).to(q.dtype)
-    output = q.new_empty(*q.shape[:3], v.shape[-1])
-
-    for chunk in attention_batch.chunks:
-        keys, values = cache.read(layer, chunk.blocks)  # [L, Hkv, D]
-        for offset in range(0, chunk.num_rows, TILE):
-            start = chunk.start + offset
-            rows = slice(chunk.first_row + offset, chunk.first_row + min(offset + TILE, chunk.num_rows))
-            num_rows = rows.stop - rows.start
-            tile = q[rows]
-            if num_rows < TILE:  # the last one of a prompt: computed at full size, as every other tile
-                tile = F.pad(tile, (0, 0, 0, 0, 0, 0, 0, TILE - num_rows))
-            mask = attention_batch.tile_mask(start, q, sliding_window)
-            # heads in the batch dimension, groups in the head dimension: keys are shared without a copy
-            tile_keys, tile_values = (
-                part[: start + TILE].transpose(0, 1)[:, None].expand(-1, q.shape[2], -1, -1)
-                for part in (keys, values)
-            )
-            sink_logits = None if sinks is None else sinks[:, :, None, None]
-            result = _attend(
-                tile.permute(1, 2, 0, 3), tile_keys, tile_values, mask, scale, softcap, sink_logits
-            )
-            output[rows] = result.permute(2, 0, 1, 3)[:num_rows]
-
-    num_queries = q.shape[2]
-    padded = F.pad(q, (0, 0, 0, -num_queries % _QUERY_MULTIPLE)) if attention_batch.groups else q
-    for number, group in enumerate(attention_batch.groups):
-        keys, values = (part.transpose(1, 2) for part in cache.read(layer, group.blocks))  # [B, Hkv, L, D]
-        rows = slice(group.first_row, group.first_row + group.num_rows)
-        mask = attention_batch.group_mask(number, keys.shape[2], q, sliding_window)
-        sink_logits = (
-            None if sinks is None else F.pad(sinks, (0, -num_queries % _QUERY_MULTIPLE))[None, :, :, None]
-        )
-        result = _attend(padded[rows], keys, values, mask, scale, softcap, sink_logits)
-        output[rows] = result[:, :, :num_queries]
-
+    sinks = None if s_aux is None else s_aux.view(k.shape[1], -1).to(q.dtype)
+    call = _Call(attention_batch, layer, scale, sliding_window, softcap, sinks)
+    parts = [*_decode_parts(call, q), *_prompt_parts(call, q)]  # in the order of the packed rows
+    output = parts[0] if len(parts) == 1 else torch.cat(parts)
     return output.flatten(1, 2).unsqueeze(0), None
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What stays the same for all rows of one layer."""
+
+    batch: AttentionBatch
+    layer: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    """[Hkv, G]."""
+
+
+def _decode_parts(call: _Call, q: Tensor) -> Iterator[Tensor]:
+    """q [T, Hkv, G, D]; one [num_rows, Hkv, G, Dv] for each decode group."""
+    num_queries = q.shape[2]
+    padding = -num_queries % _QUERY_MULTIPLE
+    sinks = None if call.sinks is None else F.pad(call.sinks, (0, padding))[None, :, :, None]
+    for number, group in enumerate(call.batch.groups):
+        keys, values = call.batch.cache.read(call.layer, group.blocks)  # [B, L, Hkv, D]
+        queries = F.pad(q[group.first_row : group.first_row + group.num_rows], (0, 0, 0, padding))
+        mask = call.batch.group_mask(number, keys.shape[1], q, call.window)
+        result = _attend(call, queries, keys.transpose(1, 2), values.transpose(1, 2), mask, sinks)
+        yield result[:, :, :num_queries]
+
+
+def _prompt_parts(call: _Call, q: Tensor) -> Iterator[Tensor]:
+    """q [T, Hkv, G, D]; one [num_rows, Hkv, G, Dv] for each tile of each prompt chunk."""
+    num_queries = q.shape[2]
+    sinks = None if call.sinks is None else call.sinks[:, :, None, None]
+    for chunk in call.batch.chunks:
+        keys, values = call.batch.cache.read(call.layer, chunk.blocks)  # [L, Hkv, D]
+        for offset in range(0, chunk.num_rows, TILE):
+            num_rows = min(TILE, chunk.num_rows - offset)
+            first_row, end = chunk.first_row + offset, chunk.start + offset + TILE
+            tile = q[first_row : first_row + num_rows]
+            if num_rows < TILE:  # the last one of a prompt: computed at full size, as every other tile
+                tile = F.pad(tile, (0, 0, 0, 0, 0, 0, 0, TILE - num_rows))
+            # heads in the batch dimension, groups in the head dimension: keys are shared without a copy
+            seen_keys, seen_values = (
+                part[:end].transpose(0, 1)[:, None].expand(-1, num_queries, -1, -1) for part in (keys, values)
+            )
+            mask = call.batch.tile_mask(end - TILE, q, call.window)
+            result = _attend(call, tile.permute(1, 2, 0, 3), seen_keys, seen_values, mask, sinks)
+            yield result.permute(2, 0, 1, 3)[:num_rows]
+
+
+def _attend(call: _Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None) -> Tensor:
     """softmax(q kᵀ · scale + mask) v over the last two dimensions, with the two variations SDPA lacks."""
-    if softcap is None and sinks is None:
+    if call.softcap is None and sinks is None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    scores = (q @ k.transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale)
+    scores = (q @ k.transpose(-1, -2)).float() * call.scale
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
     scores = scores + mask
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], dim=-1)

@@ -27,14 +27,14 @@ class PackedLinear(nn.Module):
         self._bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        alone = rows.shape[0] == 1 and self.in_features > _SINGLE_ROW_LIMIT
-        if alone:
-            rows = rows.expand(2, -1).contiguous()
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
-        if alone:
-            y = y[:1]
-        return y.view(*x.shape[:-1], self.out_features)
+        if self.in_features > _SINGLE_ROW_LIMIT and x.numel() == self.in_features:
+            pair = x.reshape(1, -1).expand(2, -1)
+            return self._apply_packed(pair)[:1].view(*x.shape[:-1], self.out_features)
+        return self._apply_packed(x)
+
+    def _apply_packed(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return y
 
     def extra_repr(self) -> str:
         return (
