@@ -79,7 +79,13 @@ def write_gguf(tiny_model: LlamaForCausalLM, tmp_path: Path) -> Callable[..., Pa
     """Writes the tiny model as a GGUF file with the gguf package; `without` leaves out one tensor."""
     import gguf
 
-    def write(name: str = "tiny.gguf", *, without: str | None = None, pre: str = "gpt-2") -> Path:
+    def write(
+        name: str = "tiny.gguf",
+        *,
+        without: str | None = None,
+        pre: str = "gpt-2",
+        sentencepiece: bool = False,
+    ) -> Path:
         path = tmp_path / name
         config = tiny_model.config
         writer = gguf.GGUFWriter(path, "llama")
@@ -93,11 +99,8 @@ def write_gguf(tiny_model: LlamaForCausalLM, tmp_path: Path) -> Callable[..., Pa
         writer.add_rope_freq_base(10000.0)
         writer.add_rope_dimension_count(16)
         writer.add_vocab_size(config.vocab_size)
-        writer.add_tokenizer_model("gpt2")
+        (add_sentencepiece if sentencepiece else add_byte_level)(writer)
         writer.add_tokenizer_pre(pre)
-        writer.add_token_list(TOKENS)
-        writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
-        writer.add_token_merges([" ".join(pair) for pair in MERGES])
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         writer.add_eot_token_id(0)
@@ -112,6 +115,24 @@ def write_gguf(tiny_model: LlamaForCausalLM, tmp_path: Path) -> Callable[..., Pa
         return path
 
     return write
+
+
+def add_byte_level(writer: Any) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
+    writer.add_token_merges([" ".join(pair) for pair in MERGES])
+
+
+def add_sentencepiece(writer: Any) -> None:
+    """Llama 2's kind of vocabulary: no merges but scores, higher ones merged first."""
+    pieces = ["▁", "h", "e", "he", "▁he", "l"]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(pieces))
+    writer.add_token_scores([0.0] * 259 + [-4.0, -5.0, -6.0, -1.0, -2.0, -7.0])
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(True)
 
 
 def gguf_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:

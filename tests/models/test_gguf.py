@@ -83,6 +83,17 @@ def test_text_is_cut_as_the_file_says(
     assert [tokenizer.token_string(token_id) for token_id in tokenizer.encode("123")] == numbers
 
 
+def test_a_sentencepiece_vocabulary(cache: Path, write_gguf: Callable[..., Path]) -> None:
+    tokenizer = load_model(str(write_gguf(sentencepiece=True)), CPU).tokenizer
+    ids = tokenizer.encode("he 漢</s>hel")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert ids[:2] == [1, 263]
+    assert 2 in ids[2:]
+    plain = tokenizer.encode("he 漢 hel", add_special_tokens=False)
+    assert b"".join(map(tokenizer.token_bytes, plain)) == " he 漢 hel".encode()
+    assert tokenizer.decode(plain) == "he 漢 hel"
+
+
 def test_the_second_start_uses_the_conversion(cache: Path, write_gguf: Callable[..., Path]) -> None:
     path = write_gguf()
     folder = resolve(str(path))
