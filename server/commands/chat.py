@@ -9,7 +9,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from cadenza.server.commands.options import engine_config, load_config
+from cadenza.server.commands.options import load_config
 
 if TYPE_CHECKING:
     from cadenza.decoding import Engine
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cadenza.decoding import Engine
+    from cadenza.decoding import Engine, EngineConfig
 
     start = time.perf_counter()
-    engine = Engine.load(args.model, load_config(args), engine_config(args))
+    # One conversation needs one place in the batch, and the KV cache for it.
+    engine = Engine.load(args.model, load_config(args), EngineConfig(max_num_seqs=1))
     try:
         sampling = _sampling(engine, args)
         _say(f"{engine.model.name} is ready after {time.perf_counter() - start:.1f} s; ctrl-D ends")

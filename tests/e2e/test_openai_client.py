@@ -41,7 +41,7 @@ def test_the_same_again_is_cached(client: openai.OpenAI) -> None:
 
 def test_streaming_equals_whole(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(
-        model="smollm2", messages=MESSAGES, temperature=1.0, seed=7, n=2, max_tokens=16
+        model="smollm2", messages=MESSAGES, temperature=1.0, seed=7, n=2, max_tokens=8
     )
     stream = client.chat.completions.create(
         model="smollm2",
@@ -49,7 +49,7 @@ def test_streaming_equals_whole(client: openai.OpenAI) -> None:
         temperature=1.0,
         seed=7,
         n=2,
-        max_tokens=16,
+        max_tokens=8,
         stream=True,
         stream_options={"include_usage": True},
     )
@@ -115,7 +115,12 @@ def test_completions(client: openai.OpenAI) -> None:
     assert logprobs.token_logprobs[0] is None
     streamed = ["", ""]
     for chunk in client.completions.create(
-        model="smollm2", prompt=["The sky is", "Water is"], temperature=0, max_tokens=4, echo=True, stream=True
+        model="smollm2",
+        prompt=["The sky is", "Water is"],
+        temperature=0,
+        max_tokens=4,
+        echo=True,
+        stream=True,
     ):
         for choice in chunk.choices:
             streamed[choice.index] += choice.text
@@ -129,7 +134,7 @@ def test_async(base_url: str) -> None:
             model="smollm2",
             messages=[{"role": "user", "content": question}],
             temperature=0,
-            max_tokens=8,
+            max_tokens=5,
             stream=True,
         )
         async for chunk in stream:
@@ -142,7 +147,7 @@ def test_async(base_url: str) -> None:
                 return list(await asyncio.gather(*(ask(client, question) for question in questions)))
             return [await ask(client, question) for question in questions]
 
-    questions = [f"What is {n} plus {n}?" for n in range(4)]
+    questions = [f"What is {n} plus {n}?" for n in range(3)]
     assert asyncio.run(ask_all(questions, together=True)) == asyncio.run(ask_all(questions, together=False))
 
 
@@ -178,7 +183,11 @@ def test_extra_fields(client: openai.OpenAI) -> None:
         extra_body={"top_k": 1, "repetition_penalty": 1.1, "return_token_ids": True},
     )
     greedy = client.chat.completions.create(
-        model="smollm2", messages=MESSAGES, max_tokens=4, temperature=0, extra_body={"repetition_penalty": 1.1}
+        model="smollm2",
+        messages=MESSAGES,
+        max_tokens=4,
+        temperature=0,
+        extra_body={"repetition_penalty": 1.1},
     )
     assert answer.choices[0].message.content == greedy.choices[0].message.content
     assert len(answer.choices[0].model_dump()["token_ids"]) == 4
