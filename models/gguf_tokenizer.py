@@ -62,6 +62,9 @@ def write_tokenizer(gguf: Path, header: GGUFHeader, folder: Path) -> None:
         tokenizer = TokenizersBackend.from_pretrained(str(folder), gguf_file=str(gguf.absolute()))
         for name, token in special.items():
             setattr(tokenizer, name, token)
+        # A file that does not say so wants BOS if its vocabulary is Llama's, as llama.cpp has it.
+        default = {"tokenizer.ggml.add_bos_token": facts.get("tokenizer.ggml.model") == "llama"}
+        add_ends(tokenizer.backend_tokenizer, default | facts)
     tokenizer.save_pretrained(folder)
 
 
@@ -90,7 +93,7 @@ def byte_level_backend(facts: dict[str, Any]) -> "Backend":
         chosen = [token for token, token_type in zip(tokens, types, strict=True) if token_type == kind]
         added = [AddedToken(token, normalized=False, special=is_special) for token in chosen]
         (backend.add_special_tokens if is_special else backend.add_tokens)(added)
-    _add_ends(backend, facts)
+    add_ends(backend, facts)
     return backend
 
 
@@ -109,7 +112,7 @@ def _pre_tokenizer(name: str | None) -> Any:
     return gpt2
 
 
-def _add_ends(backend: "Backend", facts: dict[str, Any]) -> None:
+def add_ends(backend: "Backend", facts: dict[str, Any]) -> None:
     """Have BOS and EOS put around a text where the file asks for that."""
     from tokenizers.processors import TemplateProcessing
 
