@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from cadenza.decoding.request import RequestError
+from cadenza.decoding.request import EngineClosed, RequestError, RequestFailed
 from cadenza.models.errors import ModelError
 from cadenza.server.commands import options
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, function = args.command
     try:
         status: int = getattr(import_module(f"cadenza.server.commands.{module}"), function)(args)
-    except (ModelError, RequestError) as error:
+    except (ModelError, RequestError, RequestFailed, EngineClosed) as error:
         print(f"cadenza: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -50,7 +50,14 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=_port, default=8000, help="0: any free one (default: %(default)s)")
     add("--served-model-name", nargs="+", default=[], metavar="NAME", help="what clients call the model")
-    add("--api-key", nargs="+", default=[], metavar="KEY", help="keys to ask for; also CADENZA_API_KEY")
+    add(
+        "--api-key",
+        nargs="+",
+        type=_key,
+        default=[],
+        metavar="KEY",
+        help="keys to ask for; also CADENZA_API_KEY",
+    )
     add(
         "--shutdown-timeout",
         type=float,
@@ -80,6 +87,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, help="longest answer")
     add("--seed", type=int, help="the same answers every time")
     options.add_loading(parser)
+
+
+def _key(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a key must not be empty")
+    return text
 
 
 def _port(text: str) -> int:

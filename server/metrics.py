@@ -58,7 +58,7 @@ class _EngineCollector(Collector):
         if engine is None:
             return
         stats: EngineStats = engine.stats()
-        labels = [engine.model.name]
+        labels = [self._service.model_names[0]]
         for name, (help_text, attribute) in _GAUGES.items():
             gauge = GaugeMetricFamily(f"cadenza:{name}", help_text, labels=["model_name"])
             gauge.add_metric(labels, float(getattr(stats, attribute)))
@@ -73,6 +73,7 @@ class ServerMetrics:
     """One registry per server, so that two servers in one process do not mix their numbers."""
 
     def __init__(self, service: "Service") -> None:
+        self._service = service
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(service))
         self.time_to_first_token = self._histogram(
@@ -86,7 +87,13 @@ class ServerMetrics:
         )
 
     def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"cadenza:{name}", help_text, buckets=buckets, registry=self._registry)
+        return Histogram(
+            f"cadenza:{name}", help_text, ["model_name"], buckets=buckets, registry=self._registry
+        )
+
+    @property
+    def model_name(self) -> str:
+        return self._service.model_names[0]
 
     def exposition(self) -> bytes:
         return generate_latest(self._registry)
@@ -96,7 +103,10 @@ class RequestTimer:
     """The latencies of one prompt's choices. Deltas that bring several tokens count as so many intervals."""
 
     def __init__(self, metrics: ServerMetrics) -> None:
-        self._metrics = metrics
+        name = metrics.model_name
+        self._first_token = metrics.time_to_first_token.labels(name)
+        self._between_tokens = metrics.inter_token_latency.labels(name)
+        self._whole = metrics.request_latency.labels(name)
         self._start = time.perf_counter()
         self._last: dict[int, float] = {}
 
@@ -105,12 +115,12 @@ class RequestTimer:
             return
         now = time.perf_counter()
         if not self._last:
-            self._metrics.time_to_first_token.observe(now - self._start)
+            self._first_token.observe(now - self._start)
         if event.index in self._last:
             interval = (now - self._last[event.index]) / len(event.token_ids)
             for _ in event.token_ids:
-                self._metrics.inter_token_latency.observe(interval)
+                self._between_tokens.observe(interval)
         self._last[event.index] = now
 
     def finish(self) -> None:
-        self._metrics.request_latency.observe(time.perf_counter() - self._start)
+        self._whole.observe(time.perf_counter() - self._start)

@@ -39,10 +39,13 @@ class Service:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        return self.settings.served_model_names or (self.engine.model.name,)
+        """What clients may call the model; none before it is loaded, unless the user named it."""
+        own = () if self.loaded is None else (self.loaded.model.name,)
+        return self.settings.served_model_names or own
 
     def resolve_model(self, asked: str | None) -> str:
         """The name under which to answer; a 404 if no such model is served."""
+        _ = self.engine
         names = self.model_names
         if asked is None:
             return names[0]

@@ -9,6 +9,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from cadenza.decoding.request import RequestError
 from cadenza.server.commands.options import load_config
 
 if TYPE_CHECKING:
@@ -44,8 +45,13 @@ def _converse(engine: "Engine", sampling: "SamplingParams", system: str | None) 
     while (line := _ask()) is not None:
         if not line.strip():
             continue
-        messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": _answer(engine, sampling, messages)})
+        question = {"role": "user", "content": line}
+        try:
+            answer = _answer(engine, sampling, [*messages, question])
+        except RequestError as error:  # such as a conversation that has outgrown the context
+            _say(f"cadenza: {error}")
+            continue
+        messages += [question, {"role": "assistant", "content": answer}]
 
 
 def _ask() -> str | None:

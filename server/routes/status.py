@@ -31,6 +31,7 @@ async def metrics(context: InContext) -> Response:
 
 @router.get("/v1/models")
 async def list_models(context: InContext) -> dict[str, Any]:
+    _ = context.service.engine
     return {"object": "list", "data": [_card(context, name) for name in context.service.model_names]}
 
 

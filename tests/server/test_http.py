@@ -187,8 +187,8 @@ def test_metrics(client: Any, complete: Post) -> None:
         'cadenza:prefix_cache_hits_total{model_name="scripted"} 5.0',
         'cadenza:prompt_tokens_total{model_name="scripted"} 11.0',
         'cadenza:generation_tokens_total{model_name="scripted"} 13.0',
-        "cadenza:time_to_first_token_seconds_count 1.0",
-        "cadenza:e2e_request_latency_seconds_count 1.0",
+        'cadenza:time_to_first_token_seconds_count{model_name="scripted"} 1.0',
+        'cadenza:e2e_request_latency_seconds_count{model_name="scripted"} 1.0',
     ):
         assert line in text.splitlines()
 
@@ -198,7 +198,8 @@ def test_inter_token_latency_counts_the_intervals(
 ) -> None:
     complete()
     intervals = len(tokenizer.encode("Hello wörld 🎵 你好!")) - 1
-    assert f"cadenza:inter_token_latency_seconds_count {intervals}.0" in client.get("/metrics").text
+    line = f'cadenza:inter_token_latency_seconds_count{{model_name="scripted"}} {intervals}.0'
+    assert line in client.get("/metrics").text.splitlines()
 
 
 def test_version(client: Any) -> None:

@@ -22,7 +22,8 @@ def completion(**fields: Any) -> CompletionRequest:
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"{", b"[1]", b'"x"', b"\xff{}", b'{"prompt": NaN}', b'{"prompt": "\\ud800"}']
+    "raw",
+    [b"", b"{", b"[1]", b'"x"', b"\xff{}", b'{"prompt": NaN}', b"[" * 100_000, b'{"prompt": "\\ud800"}'],
 )
 def test_what_is_not_a_json_object_is_refused(raw: bytes) -> None:
     with pytest.raises(RequestError) as caught:
