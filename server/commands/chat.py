@@ -4,6 +4,7 @@ Ctrl-C stops the answer, ctrl-D ends the conversation.
 """
 
 import argparse
+import signal
 import sys
 import time
 import uuid
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 def run(args: argparse.Namespace) -> int:
     from cadenza.decoding import Engine, EngineConfig
 
+    # A shell that starts us in the background has it ignored; here it means "stop the answer".
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.perf_counter()
     # One conversation needs one place in the batch, and the KV cache for it.
     engine = Engine.load(args.model, load_config(args), EngineConfig(max_num_seqs=1))

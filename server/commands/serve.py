@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def serve(args: argparse.Namespace) -> int:
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     listener = _listen(args.host, args.port)
-    service = Service(settings=_settings(args))
+    service = Service(settings=server_settings(args))
     loading = Loading(service, args, _url(args.host, listener))
     loading.start()
 
@@ -43,7 +43,7 @@ def serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> ServerSettings:
+def server_settings(args: argparse.Namespace) -> ServerSettings:
     environment = os.environ.get("CADENZA_API_KEY")
     return ServerSettings(
         served_model_names=tuple(args.served_model_name),

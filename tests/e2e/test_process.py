@@ -86,14 +86,19 @@ def test_serve_from_start_to_end(process: subprocess.Popen[str], port: int) -> N
     assert "Traceback" not in errors
 
 
-def test_a_conversation_over_a_pipe() -> None:
-    command = [*CADENZA, "run", "smollm2", "--temperature", "0", "--max-tokens", "12"]
-    questions = "What is the capital of France?\n\nAnd of Italy?\n"
-    result = subprocess.run(
-        command, input=questions, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    first, second = result.stdout.splitlines()
-    assert "Paris" in first
-    assert "Rome" in second
-    assert "Traceback" not in result.stderr
+def test_a_conversation_whose_first_answer_is_stopped() -> None:
+    command = [*CADENZA, "run", "smollm2", "--temperature", "0"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:  # bytes: text would wait for whole buffers
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"Write a very long story about the sea.\n")
+        process.stdin.flush()
+        begun = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(b"\nWhat is the capital of France?\n", timeout=120)
+    assert process.returncode == 0, errors
+    story, answer = (begun + output).decode().split("\n")[0], (begun + output).decode().splitlines()[-1]
+    assert len(story) < 2000
+    assert "Paris" in answer
+    assert b"Traceback" not in errors
