@@ -69,7 +69,7 @@ class Engine:
         probe.check_against_eager(model.module, shapes, config.block_size)
         num_blocks = plan_blocks(config, model, shapes)
         self.num_kv_tokens = num_blocks * config.block_size
-        self.max_model_len = min(model.max_model_len, self.num_kv_tokens)
+        self.max_model_len = self._context_length()
         self._core = self._build_core(shapes, num_blocks)
 
         self._changed = threading.Condition()
@@ -81,6 +81,19 @@ class Engine:
         self._stop_now = False
         self._thread = threading.Thread(target=self._run, name="cadenza-engine", daemon=True)
         self._thread.start()
+
+    def _context_length(self) -> int:
+        limits = {
+            "the model's context": self.model.max_model_len,
+            "the KV cache's size": self.num_kv_tokens,
+            "the length up to which its rotary embedding ignores other sequences": (
+                probe.longest_independent_context(self.model.config) or self.model.max_model_len
+            ),
+        }
+        reason, length = min(limits.items(), key=lambda limit: limit[1])
+        if length < self.model.max_model_len:
+            log.warning("sequences are limited to %d tokens by %s", length, reason)
+        return length
 
     def _build_core(self, shapes: Sequence[LayerShape], num_blocks: int) -> EngineCore:
         model, config = self.model, self.config

@@ -34,11 +34,15 @@ def _record_shapes(
     attention_mask: Tensor | None,
     *,
     recorded_shapes: dict[int, list[LayerShape]],
+    recorded_windows: list[int],
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     shape = LayerShape(key.shape[1], key.shape[3], value.shape[3])
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     recorded_shapes.setdefault(layer, []).append(shape)
+    if sliding_window is not None:
+        recorded_windows.append(sliding_window)
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 
@@ -54,12 +58,19 @@ def layer_shapes(module: Any, config: Any) -> list[LayerShape]:
     if unknown:
         raise ModelError(f"{name}: layers of type {', '.join(sorted(unknown))} are not supported")
     recorded: dict[int, list[LayerShape]] = {}
+    windows: list[int] = []
     device = next(module.parameters()).device
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     positions = torch.arange(2, device=device)[None]
     try:
         module.set_attn_implementation(_NAME)
-        module(input_ids=ids, position_ids=positions, use_cache=False, recorded_shapes=recorded)
+        module(
+            input_ids=ids,
+            position_ids=positions,
+            use_cache=False,
+            recorded_shapes=recorded,
+            recorded_windows=windows,
+        )
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{name}: its attention cannot be replaced by the paged one ({reason})") from error
@@ -69,7 +80,37 @@ def layer_shapes(module: Any, config: Any) -> list[LayerShape]:
             f"{name}: {len(recorded)} of {num_layers} layers use transformers' attention interface exactly once;"
             " such an architecture cannot use the paged KV cache"
         )
+    if _expects_window(config) and not windows:
+        raise ModelError(
+            f"{name}: its sliding window is only in transformers' masks, which are not used here"
+        )
     return [recorded[layer][0] for layer in range(num_layers)]
+
+
+def _expects_window(config: Any) -> bool:
+    """Whether some layer of the model looks back over less than the whole context."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or window >= config.max_position_embeddings:
+        return False
+    layer_types = getattr(config, "layer_types", None)
+    return "sliding_attention" in layer_types if layer_types else getattr(config, "use_sliding_window", True)
+
+
+def longest_independent_context(config: Any) -> int | None:
+    """The length up to which a token's rotary embedding is a function of its own position; None: any.
+
+    Beyond it "dynamic" and "longrope" embeddings change with the longest sequence of the forward pass, so that
+    one request would change another's answer.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    per_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
+    limits = []
+    for rope in per_layer_type or [parameters]:
+        if rope.get("rope_type") == "dynamic":
+            limits.append(config.max_position_embeddings)
+        elif rope.get("rope_type") == "longrope":
+            limits.append(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return min(limits, default=None)
 
 
 @torch.inference_mode()
@@ -80,15 +121,13 @@ def check_against_eager(module: Any, shapes: list[LayerShape], block_size: int) 
     """
     name = type(module).__name__
     parameter = next(module.parameters())
-    total = _NUM_PROMPT_TOKENS + _NUM_DECODE_TOKENS
     vocab_size = module.get_input_embeddings().num_embeddings
-    tokens = [(7919 * i + 13) % vocab_size for i in range(total)]
+    tokens = [(7919 * i + 13) % vocab_size for i in range(_NUM_PROMPT_TOKENS + _NUM_DECODE_TOKENS)]
     try:
         module.set_attn_implementation("eager")
         expected = (
             module(
                 input_ids=torch.tensor([tokens], device=parameter.device),
-                position_ids=torch.arange(total, device=parameter.device)[None],
                 use_cache=False,
             )
             .logits[0]
