@@ -13,7 +13,7 @@ from cadenza.decoding.block_pool import BlockPool
 from cadenza.decoding.branch import Branch
 from cadenza.decoding.generation import Generation
 from cadenza.decoding.logits import Choice, LogitsPipeline, Row, token_logprobs
-from cadenza.decoding.request import RequestFailed
+from cadenza.decoding.request import RequestError, RequestFailed
 from cadenza.decoding.runner import ModelRunner, StepLogits
 from cadenza.decoding.scheduler import Scheduler, Step
 
@@ -131,7 +131,7 @@ class EngineCore:
         for generation, own in results.items():
             try:
                 generation.advance(own)
-            except RequestFailed as error:
+            except (RequestError, RequestFailed) as error:
                 self.fail(generation, error)
                 continue
             for branch, _ in own:

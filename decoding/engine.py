@@ -118,6 +118,11 @@ class Engine:
     def tokenizer(self) -> Tokenizer:
         return self.model.tokenizer
 
+    @property
+    def is_closed(self) -> bool:
+        """No more requests are taken: `close` was called, or the thread has died."""
+        return self._closed is not None
+
     # requests
 
     def submit(self, request: GenerationRequest) -> RequestStream:

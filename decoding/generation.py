@@ -14,6 +14,7 @@ from cadenza.decoding.request import (
     FinishReason,
     GenerationRequest,
     PromptDone,
+    RequestError,
     RequestFailed,
     TokenLogprob,
 )
@@ -88,14 +89,21 @@ class Generation:
         return banned
 
     def advance(self, results: Sequence[tuple[Branch, Choice]]) -> None:
-        """Apply one step's results. Raises RequestFailed if a branch has no token to go on with."""
+        """Apply one step's results. Raises RequestError or RequestFailed if a branch has no token to go on with."""
         for action in self.strategy.advance(results):
             token_id, logprob = action.choice.token_id, action.choice.logprob
             if token_id is None:
-                raise RequestFailed(
-                    "no token is allowed: allowed_token_ids, bad_words and min_tokens leave nothing to choose"
-                )
+                raise self._no_token()
             self._append(action.branch, token_id, logprob)
+
+    def _no_token(self) -> Exception:
+        params = self.request.sampling
+        for name in ("allowed_token_ids", "bad_words", "min_tokens"):
+            if getattr(params, name):
+                return RequestError(
+                    f"{name} leaves no token to go on with, together with the request's other limits", name
+                )
+        return RequestFailed("the model's logits are not numbers")
 
     def _append(self, branch: Branch, token_id: int, logprob: TokenLogprob | None) -> None:
         branch.token_ids.append(token_id)

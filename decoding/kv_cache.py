@@ -1,8 +1,10 @@
 """The tensors of the paged KV cache. Which block belongs to whom is `block_pool`'s business."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class KVCache:
     """Per layer, keys [num_blocks, block_size, num_kv_heads, key_dim] and values likewise.
 
     Zero-filled, because attention reads (and masks) slots that nothing was written to yet: a NaN there would
-    survive the mask. On a CPU the pages are only backed by memory once they are written.
+    survive the mask.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class KVCache:
         device: torch.device,
     ) -> None:
         def zeros(heads: int, dim: int) -> Tensor:
-            return torch.zeros(num_blocks, block_size, heads, dim, dtype=dtype, device=device)
+            return _zeros((num_blocks, block_size, heads, dim), dtype, device)
 
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -63,3 +65,10 @@ class KVCache:
         targets = torch.tensor([target for _, target in pairs], device=device)
         for part in (*self.keys, *self.values):
             part.index_copy_(0, targets, part.index_select(0, sources))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros writes every page; numpy asks the system for zeroed ones, which take no memory until they are used
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -35,6 +35,8 @@ class Service:
             raise unavailable("The server is shutting down.", "draining")
         if self.loaded is None:
             raise unavailable("The model is still loading.", "loading")
+        if self.loaded.is_closed:
+            raise unavailable("The engine has stopped.", "stopped")
         return self.loaded
 
     @property

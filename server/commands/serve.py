@@ -4,6 +4,7 @@ A probe sees the port open and /health at 503 until the model is there, and 503 
 """
 
 import argparse
+import gc
 import logging
 import os
 import socket
@@ -95,6 +96,8 @@ class Loading(threading.Thread):
             self.error = error
             self._server.result().stop()
             return
+        gc.collect()
+        gc.freeze()  # a collection that walks all of torch's objects would stall everyone's tokens
         self._service.loaded = engine
         _report(engine, self._url, imported - start, time.perf_counter() - start)
 

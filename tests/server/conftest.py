@@ -50,6 +50,7 @@ class ScriptedEngine:
         )
         self.config = SimpleNamespace(max_logprobs=20, max_queue=8)
         self.max_model_len = 512
+        self.is_closed = False
         self.script = script
         self.submitted: list[GenerationRequest] = []
         self.streams: list[ScriptedStream] = []

@@ -138,6 +138,13 @@ def test_while_loading_and_draining(client: Any, service: Service, complete: Pos
         assert error_of(response)["code"] == "draining"
 
 
+def test_a_dead_engine_is_not_healthy(client: Any, engine: Any, complete: Post) -> None:
+    engine.is_closed = True
+    for response in (client.get("/health"), complete()):
+        assert response.status_code == 503
+        assert error_of(response)["code"] == "stopped"
+
+
 def test_keys(service: Service) -> None:
     service.settings = ServerSettings(api_keys=("first", "sécond"))
 
