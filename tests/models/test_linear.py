@@ -1,0 +1,114 @@
+"""Packed linear layers: the product in float64, and each row the same to the last bit in whatever company."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from cadenza.models.linear import PackedLinear, can_pack, pack_linears
+
+CPU = torch.device("cpu")
+SHAPES = [(1, 1), (7, 5), (48, 32), (100, 333), (576, 192), (1024, 64), (1025, 64), (1536, 576), (4099, 9)]
+COUNTS = [1, 2, 3, 4, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 99]
+
+pytestmark = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="this torch has no oneDNN")
+
+
+def random_layer(in_features: int, out_features: int, *, bias: bool = True) -> tuple[PackedLinear, nn.Linear]:
+    torch.manual_seed(in_features * 10_007 + out_features)
+    linear = nn.Linear(in_features, out_features, bias=bias).requires_grad_(False)
+    return PackedLinear(linear.weight, linear.bias), linear
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
+def test_the_product_is_that_of_float64(in_features: int, out_features: int, bias: bool):
+    packed, linear = random_layer(in_features, out_features, bias=bias)
+    for shape in ((in_features,), (1, in_features), (2, 9, in_features)):
+        x = torch.randn(shape)
+        expected = x.double() @ linear.weight.double().T
+        if bias:
+            expected += linear.bias.double()
+        torch.testing.assert_close(packed(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
+def test_a_row_does_not_depend_on_the_number_of_rows(in_features: int, out_features: int):
+    packed, _ = random_layer(in_features, out_features)
+    x = torch.randn(100, in_features)
+    everything = packed(x)
+    for count in COUNTS:
+        for first in (0, 100 - count):
+            assert torch.equal(packed(x[first : first + count]), everything[first : first + count])
+
+
+def test_rows_need_not_lie_together():
+    packed, _ = random_layer(64, 32)
+    x = torch.randn(40, 128)
+    assert torch.equal(packed(x[::3, :64]), packed(x[:, :64].contiguous())[::3])
+    assert torch.equal(packed(x[:, 64:].view(2, 20, 64).transpose(0, 1)[5]), packed(x[[5, 25], 64:]))
+
+
+def test_no_rows_give_no_rows():
+    packed, _ = random_layer(64, 32)
+    assert packed(torch.empty(0, 64)).shape == (0, 32)
+
+
+def test_every_linear_layer_is_replaced_and_nothing_else():
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    before = copy.deepcopy(model)
+    assert pack_linears(model) == 2 * 7 + 1
+    assert pack_linears(model) == 0
+    assert not any(type(part) is nn.Linear for part in model.modules())
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(model(ids).logits, before(ids).logits, rtol=1e-4, atol=1e-5)
+    # the embedding that the head was tied to is still there
+    assert torch.equal(model.get_input_embeddings().weight, before.get_input_embeddings().weight)
+
+
+def test_conv1d_is_a_linear_layer_with_its_weight_transposed():
+    conv = Conv1D(nf=48, nx=32).requires_grad_(False)
+    nn.init.normal_(conv.bias)
+    parent = nn.ModuleDict({"layer": conv})
+    x = torch.randn(5, 32)
+    expected = conv(x)
+    assert pack_linears(parent) == 1
+    torch.testing.assert_close(parent["layer"](x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gpt2_gives_the_logits_that_it_gave():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)).eval()
+    before = copy.deepcopy(model)
+    assert pack_linears(model.requires_grad_(False)) == 2 * 4 + 1
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(model(ids).logits, before(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_subclasses_of_linear_layers_are_left_alone():
+    """Whoever made one, such as a quantizer, computes something else than a plain product."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    parent = nn.ModuleDict({"layer": Doubled(4, 4)})
+    assert pack_linears(parent) == 0
+    assert type(parent["layer"]) is Doubled
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cuda", torch.float32), ("cpu", torch.bfloat16), ("cpu", torch.float16)]
+)
+def test_what_cannot_be_packed_says_so(device: str, dtype: torch.dtype):
+    assert not can_pack(torch.device(device), dtype)
