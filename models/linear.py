@@ -3,8 +3,8 @@
 Two reasons, measured on two AVX512 cores with SmolLM2-135M's weights. Speed: one row takes half of `F.linear`'s
 time, sixteen rows too. Determinism: `F.linear` picks a kernel, and so an order of summation, by the number of
 rows; a packed weight has one order for any number of rows, so that a token's hidden state does not depend on
-what else is in the batch. One exception was found, a single row against more than 1024 inputs (summed in
-another order), which is why `forward` gives such a row a companion.
+what else is in the batch. One exception was found: a single row, for some shapes and versions, which is then
+given a companion (each weight is asked when it is packed).
 """
 
 import torch
@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 PACKED_DTYPES = (torch.float32,)
 _ROWS_HINT = 32  # the layout oneDNN chooses for this row count serves every other count bit for bit alike
-_SINGLE_ROW_LIMIT = 1024
 
 
 class PackedLinear(nn.Module):
@@ -25,9 +24,12 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
         self._bias = bias
+        rows = torch.arange(2.0 * self.in_features).sin_().view(2, -1)
+        pair, alone = self._apply_packed(rows), [self._apply_packed(row[None]) for row in rows]
+        self._sums_single_rows_otherwise = not torch.equal(pair, torch.cat(alone))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.in_features > _SINGLE_ROW_LIMIT and x.numel() == self.in_features:
+        if self._sums_single_rows_otherwise and x.numel() == self.in_features:
             pair = x.reshape(1, -1).expand(2, -1)
             return self._apply_packed(pair)[:1].view(*x.shape[:-1], self.out_features)
         return self._apply_packed(x)

@@ -160,7 +160,7 @@ def test_bad_words_equal_transformers(seed: int):
     """Words of one, two and three tokens, over random answers of five token types."""
     generator = torch.Generator().manual_seed(seed)
     words = [[3], [0, 1], [2, 2, 4], [1, 0, 1]]
-    for length in range(7):
+    for length in range(3, 9):  # older versions of transformers pass over words longer than the answer so far
         generated = torch.randint(0, 5, (length,), generator=generator).tolist()
         logits = torch.randn(1, 6, generator=generator)
         processor = NoBadWordsLogitsProcessor(words, eos_token_id=5)
