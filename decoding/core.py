@@ -70,7 +70,8 @@ class EngineCore:
             choices = self._pipeline(output.logits, rows) if rows else []
         except Exception as error:  # whatever went wrong, only the requests of this step are lost
             log.exception("a step failed")
-            for generation in {self._generations[span.branch] for span in step.spans}:
+            alive = [span.branch for span in step.spans if span.branch in self._generations]
+            for generation in {self._generations[branch] for branch in alive}:
                 self.fail(generation, RequestFailed(f"the engine failed on this request: {error}"))
             return
         self._advance(members, choices)

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-_CONTEXT = (
-    6  # tokens before the new ones that decide how they are joined (a leading space, a combined character)
-)
+_CONTEXT = 6  # tokens before the new ones, which decide how those are joined (a leading space, an accent)
+_LONGEST_CHARACTER = 4  # bytes
 _REPLACEMENT = "\ufffd"
 
 
@@ -19,44 +18,46 @@ class Decoder(Protocol):
 
 
 class IncrementalDetokenizer:
-    """Decodes a window of recent tokens twice, with and without the new ones, and emits the difference.
+    """Decodes a window of recent tokens again with each new one, and emits what has been added to its text.
 
-    The technique of Hugging Face's text-generation-inference: independent of the kind of tokenizer, constant
-    work per token. Text that ends in U+FFFD is held back, as it may be an unfinished character.
+    Independent of the kind of tokenizer; constant work per token. U+FFFD at the end of the text is held back, as it
+    may be an unfinished character, up to as many as one could be.
     """
 
     def __init__(self, decoder: Decoder, prompt: Sequence[int], skip_special_tokens: bool) -> None:
         self._decoder = decoder
         self._skip_special_tokens = skip_special_tokens
         self._window = list(prompt[-_CONTEXT:])
-        self._num_emitted = len(self._window)  # tokens of the window whose text has gone out
+        # Characters of the window's text that are out. A prompt may end inside one: that is the answer's to send.
+        self._num_sent = len(self._decode().rstrip(_REPLACEMENT))
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._decoder.decode(ids, skip_special_tokens=self._skip_special_tokens)
+    def _decode(self) -> str:
+        return self._decoder.decode(self._window, skip_special_tokens=self._skip_special_tokens)
 
     def push(self, token_id: int) -> str:
+        """The text that `token_id` makes certain."""
         self._window.append(token_id)
-        known, text = self._known(), self._decode(self._window)
-        if len(text) <= len(known) or text.endswith(_REPLACEMENT):
-            return ""
-        return self._emit(known, text)
+        text = self._decode()
+        num_open = min(len(text) - len(text.rstrip(_REPLACEMENT)), _LONGEST_CHARACTER)
+        return self._send(text, len(text) - num_open)
 
     def flush(self) -> str:
         """What was held back; an unfinished character comes out as U+FFFD."""
-        return self._emit(self._known(), self._decode(self._window))
+        text = self._decode()
+        return self._send(text, len(text))
 
-    def _known(self) -> str:
-        """The text that has gone out. A prompt may end inside a character: that one is the answer's to send."""
-        return self._decode(self._window[: self._num_emitted]).rstrip(_REPLACEMENT)
-
-    def _emit(self, known: str, text: str) -> str:
-        self._window = self._window[self._num_emitted - _CONTEXT if self._num_emitted > _CONTEXT else 0 :]
-        self._num_emitted = len(self._window)
-        return text[len(known) :]
+    def _send(self, text: str, end: int) -> str:
+        piece = text[self._num_sent : end]
+        self._num_sent = max(self._num_sent, end)
+        if len(self._window) >= 2 * _CONTEXT:
+            num_held = len(text) - self._num_sent
+            self._window = self._window[-_CONTEXT:]
+            self._num_sent = max(0, len(self._decode()) - num_held)
+        return piece
 
     def fork(self) -> "IncrementalDetokenizer":
         copy = IncrementalDetokenizer(self._decoder, (), self._skip_special_tokens)
-        copy._window, copy._num_emitted = list(self._window), self._num_emitted
+        copy._window, copy._num_sent = list(self._window), self._num_sent
         return copy
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cadenza.decoding.request import SamplingParams, TokenLogprob
-from cadenza.kernels.sampling import SamplingRows, sample, truncate
+from cadenza.kernels.sampling import SamplingRows, divide_by_temperature, sample, truncate
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 
@@ -111,7 +111,7 @@ def add_bias(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 def processed_logits(logits: Tensor, parameters: SamplingRows) -> Tensor:
     """What the draw sees: after temperature and truncation, -inf where cut off. Greedy rows stay as they are."""
     greedy = parameters.temperature == 0
-    result = logits / torch.where(greedy, 1.0, parameters.temperature)[:, None]
+    result = divide_by_temperature(logits, torch.where(greedy, 1.0, parameters.temperature))
     for chosen, candidates, values in truncate(logits, parameters, parameters.is_truncated & ~greedy):
         left = torch.full_like(result[chosen], -torch.inf)
         result[chosen] = left.scatter_(1, candidates, values)

@@ -61,7 +61,8 @@ def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
     free = ~truncated & ~greedy
     if free.any():
         chosen = free.nonzero().flatten()
-        tokens[chosen] = _draw_from_all(_scaled(logits, rows, chosen), rows.select(chosen))
+        own = rows.select(chosen)
+        tokens[chosen] = _draw_from_all(divide_by_temperature(logits[chosen], own.temperature), own)
     if truncated.any():
         for chosen, candidates, values in truncate(logits, rows, truncated):
             tokens[chosen] = _draw(values, candidates, rows.select(chosen))
@@ -78,7 +79,8 @@ def truncate(logits: Tensor, rows: SamplingRows, which: Tensor) -> list[tuple[Te
     widths = torch.where(rows.top_k > 0, rows.top_k, _NUM_CANDIDATES).clamp_max(vocab_size)
     for width in widths[which].unique().tolist():
         chosen = (which & (widths == width)).nonzero().flatten()
-        scaled, own = _scaled(logits, rows, chosen), rows.select(chosen)
+        own = rows.select(chosen)
+        scaled = divide_by_temperature(logits[chosen], own.temperature)
         candidates, values, exact = _truncate(scaled, own, width)
         if exact.all():
             groups.append((chosen, candidates, values))
@@ -91,8 +93,9 @@ def truncate(logits: Tensor, rows: SamplingRows, which: Tensor) -> list[tuple[Te
     return groups
 
 
-def _scaled(logits: Tensor, rows: SamplingRows, chosen: Tensor) -> Tensor:
-    return logits[chosen] / rows.temperature[chosen, None]
+def divide_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
+    """logits [r, V] / temperature [r] > 0, less a constant per row so that no temperature is too small for float32."""
+    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature[:, None]
 
 
 def _truncate(scaled: Tensor, rows: SamplingRows, width: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -254,6 +254,28 @@ def test_a_step_that_fails_takes_only_its_own_requests(start: Callable[..., Engi
     assert not engine.is_closed
 
 
+def test_a_failure_after_a_request_without_tokens_has_ended(start: Callable[..., Engine], monkeypatch: Any):
+    """One request of the step asks for no tokens, so that it is done before the tokens of the other are chosen."""
+    engine = start()
+    gate = Gate(engine)
+    held = submit(engine, **SHORT)
+    assert gate.reached.wait(DEADLINE)
+    scored, unlucky = submit(engine, max_tokens=0), submit(engine, **LONG)
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no choice")
+
+    monkeypatch.setattr(engine._core, "_pipeline", fail)
+    gate.opened.set()
+    for stream in (held, unlucky):
+        with pytest.raises(RequestFailed, match="no choice"):
+            list(stream)
+    assert collect(scored, 1).choices[0].finish_reason == "length"
+    monkeypatch.undo()
+    settle(engine)
+    assert engine.stats().kv_cache_usage == 0
+
+
 def test_when_the_thread_dies_everyone_hears_of_it(start: Callable[..., Engine], monkeypatch: Any):
     engine = start(max_num_seqs=1)
     gate = Gate(engine)
