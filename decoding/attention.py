@@ -117,11 +117,13 @@ def paged_attention(
     softcap: Gemma 2's tanh limit on scores. s_aux: gpt-oss' attention sinks, [H].
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, heads, D]
-    attention_batch.cache.write(layer, attention_batch.slots, k, v)
-    q = q.unflatten(1, (k.shape[1], -1))  # [T, Hkv, G, D]
+    num_kv_heads, num_rows = key.shape[1:3]
+    attention_batch.cache.write(
+        layer, attention_batch.slots, key[0].transpose(0, 1), value[0].transpose(0, 1)
+    )
+    q = query[0].transpose(0, 1).reshape(num_rows, num_kv_heads, -1, query.shape[3])  # [T, Hkv, G, D]
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    sinks = None if s_aux is None else s_aux.view(k.shape[1], -1).to(q.dtype)
+    sinks = None if s_aux is None else s_aux.view(num_kv_heads, -1).to(q.dtype)
     call = _Call(attention_batch, layer, scale, sliding_window, softcap, sinks)
     parts = [*_decode_parts(call, q), *_prompt_parts(call, q)]  # in the order of the packed rows
     output = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -148,10 +150,12 @@ def _decode_parts(call: _Call, q: Tensor) -> Iterator[Tensor]:
     sinks = None if call.sinks is None else F.pad(call.sinks, (0, padding))[None, :, :, None]
     for number, group in enumerate(call.batch.groups):
         keys, values = call.batch.cache.read(call.layer, group.blocks)  # [B, L, Hkv, D]
-        queries = F.pad(q[group.first_row : group.first_row + group.num_rows], (0, 0, 0, padding))
+        queries = q[group.first_row : group.first_row + group.num_rows]
+        if padding:
+            queries = F.pad(queries, (0, 0, 0, padding))
         mask = call.batch.group_mask(number, keys.shape[1], q, call.window)
         result = _attend(call, queries, keys.transpose(1, 2), values.transpose(1, 2), mask, sinks)
-        yield result[:, :, :num_queries]
+        yield result[:, :, :num_queries] if padding else result
 
 
 def _prompt_parts(call: _Call, q: Tensor) -> Iterator[Tensor]:

@@ -10,18 +10,16 @@ import secrets
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from cadenza.decoding import probe
 from cadenza.decoding.admission import admit
-from cadenza.decoding.block_pool import BlockPool
+from cadenza.decoding.assembly import Assembly, assemble
 from cadenza.decoding.completion import Completion, Prompt, collect, prompt_token_ids
-from cadenza.decoding.config import EngineConfig, plan_blocks
+from cadenza.decoding.config import EngineConfig
 from cadenza.decoding.core import EngineCore
 from cadenza.decoding.generation import Generation
-from cadenza.decoding.kv_cache import KVCache, LayerShape
-from cadenza.decoding.logits import LogitsPipeline
 from cadenza.decoding.request import (
     Delta,
     EngineClosed,
@@ -29,11 +27,8 @@ from cadenza.decoding.request import (
     QueueFull,
     SamplingParams,
 )
-from cadenza.decoding.runner import ModelRunner
-from cadenza.decoding.scheduler import Scheduler
 from cadenza.decoding.stream import RequestStream
 from cadenza.models import LoadConfig, LoadedModel, Tokenizer, load_model
-from cadenza.models.linear import can_pack, pack_linears
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +58,6 @@ class Engine:
     def __init__(self, model: LoadedModel, config: EngineConfig = EngineConfig()) -> None:
         self.model = model
         self.config = config
-        if can_pack(model.device, model.dtype):
-            pack_linears(model.module)
-        shapes = probe.layer_shapes(model.module, model.config)
-        probe.check_against_eager(model.module, shapes, config.block_size)
-        num_blocks = plan_blocks(config, model, shapes)
-        self.num_kv_tokens = num_blocks * config.block_size
-        self.max_model_len = self._context_length()
-        self._core = self._build_core(shapes, num_blocks)
-
         self._changed = threading.Condition()
         self._inbox: list[Generation] = []
         self._aborted: list[Generation] = []
@@ -79,33 +65,14 @@ class Engine:
         self._num_submitted = 0
         self._closed: Exception | None = None
         self._stop_now = False
-        self._thread = threading.Thread(target=self._run, name="cadenza-engine", daemon=True)
+        assembled: Future[Assembly] = Future()
+        self._thread = threading.Thread(
+            target=self._main, args=(assembled,), name="cadenza-engine", daemon=True
+        )
         self._thread.start()
-
-    def _context_length(self) -> int:
-        limits = {
-            "the model's context": self.model.max_model_len,
-            "the KV cache's size": self.num_kv_tokens,
-            "the length up to which its rotary embedding ignores other sequences": (
-                probe.longest_independent_context(self.model.config) or self.model.max_model_len
-            ),
-        }
-        reason, length = min(limits.items(), key=lambda limit: limit[1])
-        if length < self.model.max_model_len:
-            log.warning("sequences are limited to %d tokens by %s", length, reason)
-        return length
-
-    def _build_core(self, shapes: Sequence[LayerShape], num_blocks: int) -> EngineCore:
-        model, config = self.model, self.config
-        cache = KVCache(shapes, num_blocks, config.block_size, model.dtype, model.device)
-        pool = BlockPool(num_blocks, config.block_size)
-        scheduler = Scheduler(
-            pool, config.max_num_seqs, config.tokens_per_step(model.device), config.enable_prefix_caching
-        )
-        runner = ModelRunner(model.module, cache, model.device)
-        return EngineCore(
-            pool, scheduler, runner, LogitsPipeline(model.tokenizer.vocab_size, config.logprobs_mode)
-        )
+        assembly = assembled.result()
+        self._core = assembly.core
+        self.num_kv_tokens, self.max_model_len = assembly.num_kv_tokens, assembly.max_model_len
 
     @classmethod
     def load(
@@ -235,33 +202,42 @@ class Engine:
 
     # the engine's thread
 
-    def _run(self) -> None:
+    def _main(self, assembled: "Future[Assembly]") -> None:
+        """All of torch's work is done on this one thread: a second one that computes would get worker threads of its
+        own from OpenMP, which then waits for work in a slower way (a fifth of the time of a token on two cores)."""
         try:
-            while self._take_messages():
-                if self._core.has_work:
-                    self._core.step()
+            assembly = assemble(self.model, self.config)
+        except BaseException as error:
+            assembled.set_exception(error)
+            return
+        assembled.set_result(assembly)
+        self._run(assembly.core)
+
+    def _run(self, core: EngineCore) -> None:
+        try:
+            while self._take_messages(core):
+                if core.has_work:
+                    core.step()
                 self._forget_finished()
             reason: Exception = EngineClosed("the engine is shutting down")
         except BaseException as error:  # a defect of ours: everyone who waits must hear of it
             log.exception("the engine's thread has died")
             reason = EngineClosed(f"the engine has died: {error!r}")
             reason.__cause__ = error
-        self._end(reason)
+        self._end(core, reason)
 
-    def _take_messages(self) -> bool:
+    def _take_messages(self, core: EngineCore) -> bool:
         """Wait for work, take what has come in; False: it is time to stop."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._stop_now or self._inbox or self._aborted or self._core.has_work
-            )
+            self._changed.wait_for(lambda: self._stop_now or self._inbox or self._aborted or core.has_work)
             arrived, self._inbox = self._inbox, []
             aborted, self._aborted = self._aborted, []
             if self._stop_now:
                 return False
             for generation in arrived:
-                self._core.add(generation)
+                core.add(generation)
         for generation in aborted:
-            self._core.remove(generation)
+            core.remove(generation)
         return True
 
     def _forget_finished(self) -> None:
@@ -270,12 +246,12 @@ class Engine:
                 del self._active[stream]
             self._changed.notify_all()
 
-    def _end(self, reason: Exception) -> None:
+    def _end(self, core: EngineCore, reason: Exception) -> None:
         with self._changed:
             self._closed = reason
             streams = list(self._active)
             self._active.clear()
             self._changed.notify_all()
-        self._core.fail_all(reason)
+        core.fail_all(reason)
         for stream in streams:
             stream.close(reason)

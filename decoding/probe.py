@@ -23,6 +23,7 @@ from cadenza.models import ModelError
 
 _NAME = "cadenza_probe"
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_FAILURES = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError)
 _NUM_PROMPT_TOKENS, _NUM_DECODE_TOKENS = 12, 3
 
 
@@ -59,7 +60,7 @@ def layer_shapes(module: Any, config: Any) -> list[LayerShape]:
         raise ModelError(f"{name}: layers of type {', '.join(sorted(unknown))} are not supported")
     recorded: dict[int, list[LayerShape]] = {}
     windows: list[int] = []
-    device = next(module.parameters()).device
+    device = _device(module)
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     positions = torch.arange(2, device=device)[None]
     try:
@@ -71,8 +72,8 @@ def layer_shapes(module: Any, config: Any) -> list[LayerShape]:
             recorded_shapes=recorded,
             recorded_windows=windows,
         )
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except _FAILURES as error:
+        reason = first_line(error)
         raise ModelError(f"{name}: its attention cannot be replaced by the paged one ({reason})") from error
     num_layers = config.num_hidden_layers
     if sorted(recorded) != list(range(num_layers)) or any(len(calls) != 1 for calls in recorded.values()):
@@ -114,32 +115,32 @@ def longest_independent_context(config: Any) -> int | None:
 
 
 @torch.inference_mode()
-def check_against_eager(module: Any, shapes: list[LayerShape], block_size: int) -> None:
-    """Compare logits of the paged path with eager attention's; raises ModelError where they differ.
+def eager_logits(module: Any) -> Tensor:
+    """Logits [tokens, V] of a few tokens, by transformers' own eager attention and the module as it is."""
+    try:
+        module.set_attn_implementation("eager")
+        # positions of its own: some models do not count from 0
+        output = module(input_ids=torch.tensor([_tokens(module)], device=_device(module)), use_cache=False)
+    except _FAILURES as error:
+        raise ModelError(f"{type(module).__name__}: a trial run failed ({first_line(error)})") from error
+    logits: Tensor = output.logits[0].float()
+    return logits
+
+
+@torch.inference_mode()
+def check(module: Any, shapes: list[LayerShape], block_size: int, expected: Tensor) -> None:
+    """Compare the logits of the paged path with `eager_logits`; raises ModelError where they differ.
 
     Leaves the module with our attention switched on.
     """
     name = type(module).__name__
-    parameter = next(module.parameters())
-    vocab_size = module.get_input_embeddings().num_embeddings
-    tokens = [(7919 * i + 13) % vocab_size for i in range(_NUM_PROMPT_TOKENS + _NUM_DECODE_TOKENS)]
     try:
-        module.set_attn_implementation("eager")
-        expected = (
-            module(
-                input_ids=torch.tensor([tokens], device=parameter.device),
-                use_cache=False,
-            )
-            .logits[0]
-            .float()
-        )
         module.set_attn_implementation(attention.NAME)
-        actual = _paged_logits(module, shapes, block_size, tokens, parameter)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{name}: the paged attention does not run ({reason})") from error
+        actual = _paged_logits(module, shapes, block_size)
+    except _FAILURES as error:
+        raise ModelError(f"{name}: the paged attention does not run ({first_line(error)})") from error
     difference = (actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-    limit = 1e-3 if parameter.dtype == torch.float32 else 1e-1
+    limit = 1e-3 if next(module.parameters()).dtype == torch.float32 else 1e-1
     if not bool(difference <= limit):
         raise ModelError(
             f"{name}: logits through the paged KV cache differ from transformers' own by a factor of"
@@ -147,10 +148,23 @@ def check_against_eager(module: Any, shapes: list[LayerShape], block_size: int) 
         )
 
 
-def _paged_logits(
-    module: Any, shapes: list[LayerShape], block_size: int, tokens: list[int], like: Tensor
-) -> Tensor:
-    """Logits [len(tokens), V]: a prompt chunk, then the rest as decode rows."""
+def _tokens(module: Any) -> list[int]:
+    vocab_size = module.get_input_embeddings().num_embeddings
+    return [(7919 * i + 13) % vocab_size for i in range(_NUM_PROMPT_TOKENS + _NUM_DECODE_TOKENS)]
+
+
+def _device(module: Any) -> torch.device:
+    device: torch.device = next(module.parameters()).device
+    return device
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
+
+
+def _paged_logits(module: Any, shapes: list[LayerShape], block_size: int) -> Tensor:
+    """Logits [tokens, V]: a prompt chunk, then the rest as decode rows."""
+    tokens, like = _tokens(module), next(module.parameters())
     num_blocks = -(-len(tokens) // block_size)
     cache = KVCache(shapes, num_blocks, block_size, like.dtype, like.device)
     text = TextStream(IncrementalDetokenizer(_NoText(), (), True), StopStringFilter((), False))

@@ -7,21 +7,35 @@ what else is in the batch. One exception was found: a single row, for some shape
 given a companion (each weight is asked when it is packed).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 PACKED_DTYPES = (torch.float32,)
 _ROWS_HINT = 32  # the layout oneDNN chooses for this row count serves every other count bit for bit alike
 
 
-class PackedLinear(nn.Module):
+class _Packed(nn.Module):
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The shape and dtype of the weight, for modeling code that asks; it has no data."""
+        return torch.empty(self.out_features, self.in_features, device="meta")
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class PackedLinear(_Packed):
     """`y = x Wᵀ + b` with a weight that only oneDNN can read; x [..., in_features] float32 on the CPU."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """weight: [out_features, in_features] float32; bias: [out_features] or None. The weight is copied."""
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
+        super().__init__(weight.shape[1], weight.shape[0])
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
         self._bias = bias
         rows = torch.arange(2.0 * self.in_features).sin_().view(2, -1)
@@ -38,33 +52,51 @@ class PackedLinear(nn.Module):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return y
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self._bias is not None}"
-        )
 
+class PackedGroup:
+    """Linear layers that are always given the same tensor, computed as one product when the first of them is called.
 
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this build of torch has the packed operators for weights on `device` in `dtype`."""
-    return device.type == "cpu" and dtype in PACKED_DTYPES and torch.backends.mkldnn.is_available()
-
-
-def pack_linears(module: nn.Module) -> int:
-    """Replace, in place, every linear layer below `module` by a packed one; returns how many.
-
-    Covers `nn.Linear` and GPT-2's `Conv1D` (a linear layer with its weight transposed). Row-major weights are
-    released as they are packed unless something else, such as a tied embedding, holds them.
+    The others find their share by the identity of the input tensor; given another one, they compute again.
     """
-    count = 0
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                weight = child.weight.detach()
-            elif isinstance(child, Conv1D):
-                weight = child.weight.detach().T
-            else:
-                continue
-            bias = None if child.bias is None else child.bias.detach()
-            setattr(parent, name, PackedLinear(weight, bias))
-            count += 1
-    return count
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """(weight [out_features, in_features], bias [out_features] or None) of each layer."""
+        self._sizes = [weight.shape[0] for weight, _ in layers]
+        biases = [torch.zeros(len(weight)) if bias is None else bias for weight, bias in layers]
+        has_bias = any(bias is not None for _, bias in layers)
+        self._layer = PackedLinear(
+            torch.cat([weight for weight, _ in layers]), torch.cat(biases) if has_bias else None
+        )
+        self._input: Tensor | None = None
+        self._shares: list[Tensor | None] = []
+
+    def members(self) -> list["PackedMember"]:
+        """One layer for each of the layers that the group was made of."""
+        return [
+            PackedMember(self, number, self._layer.in_features, size)
+            for number, size in enumerate(self._sizes)
+        ]
+
+    def take(self, number: int, x: Tensor) -> Tensor:
+        """Layer `number`'s output for x."""
+        share = self._shares[number] if x is self._input else None
+        if share is None:
+            self._input, self._shares = x, list(self._layer(x).split(self._sizes, dim=-1))
+            share = self._shares[number]
+            assert share is not None
+        self._shares[number] = None
+        if not any(left is not None for left in self._shares):
+            self._input, self._shares = None, []
+        return share
+
+
+class PackedMember(_Packed):
+    """One layer of a group."""
+
+    def __init__(self, group: PackedGroup, number: int, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self._group = group
+        self._number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._group.take(self._number, x)

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from cadenza.models.linear import PackedLinear, can_pack, pack_linears
+from cadenza.models.linear import PackedLinear
+from cadenza.models.packing import can_pack, pack
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 1), (7, 5), (48, 32), (100, 333), (576, 192), (1024, 64), (1025, 64), (1536, 576), (4099, 9)]
@@ -68,8 +69,8 @@ def test_every_linear_layer_is_replaced_and_nothing_else():
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     before = copy.deepcopy(model)
-    assert pack_linears(model) == 2 * 7 + 1
-    assert pack_linears(model) == 0
+    assert pack(model) == 2 * 7 + 1
+    assert pack(model) == 0
     assert not any(type(part) is nn.Linear for part in model.modules())
     ids = torch.arange(20)[None]
     torch.testing.assert_close(model(ids).logits, before(ids).logits, rtol=1e-4, atol=1e-5)
@@ -83,14 +84,14 @@ def test_conv1d_is_a_linear_layer_with_its_weight_transposed():
     parent = nn.ModuleDict({"layer": conv})
     x = torch.randn(5, 32)
     expected = conv(x)
-    assert pack_linears(parent) == 1
+    assert pack(parent) == 1
     torch.testing.assert_close(parent["layer"](x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gpt2_gives_the_logits_that_it_gave():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)).eval()
     before = copy.deepcopy(model)
-    assert pack_linears(model.requires_grad_(False)) == 2 * 4 + 1
+    assert pack(model.requires_grad_(False)) == 2 * 4 + 1
     ids = torch.arange(20)[None]
     torch.testing.assert_close(model(ids).logits, before(ids).logits, rtol=1e-4, atol=1e-5)
 
@@ -103,7 +104,7 @@ def test_subclasses_of_linear_layers_are_left_alone():
             return 2 * super().forward(x)
 
     parent = nn.ModuleDict({"layer": Doubled(4, 4)})
-    assert pack_linears(parent) == 0
+    assert pack(parent) == 0
     assert type(parent["layer"]) is Doubled
 
 
