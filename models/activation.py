@@ -29,8 +29,8 @@ class RowwiseActivation(nn.Module):
         """x: [..., width]; the activation of every element."""
         width = x.shape[-1]
         if width % _VECTOR == 0 and x.numel() <= _UNSPLIT:
-            plain: Tensor = self.activation(x.contiguous())
+            plain: Tensor = self.activation.forward(x.contiguous())
             return plain
         rows = F.pad(x.reshape(-1, width), (0, -width % _VECTOR))
         pieces = rows.split(max(1, _UNSPLIT // rows.shape[1]))
-        return torch.cat([self.activation(piece) for piece in pieces])[:, :width].view(x.shape)
+        return torch.cat([self.activation.forward(piece) for piece in pieces])[:, :width].view(x.shape)

@@ -69,6 +69,7 @@ class PackedGroup:
         )
         self._input: Tensor | None = None
         self._shares: list[Tensor | None] = []
+        self._num_left = 0
 
     def members(self) -> list["PackedMember"]:
         """One layer for each of the layers that the group was made of."""
@@ -81,13 +82,17 @@ class PackedGroup:
         """Layer `number`'s output for x."""
         share = self._shares[number] if x is self._input else None
         if share is None:
-            self._input, self._shares = x, list(self._layer(x).split(self._sizes, dim=-1))
-            share = self._shares[number]
-            assert share is not None
+            share = self._compute(x)[number]
         self._shares[number] = None
-        if not any(left is not None for left in self._shares):
+        self._num_left -= 1
+        if not self._num_left:
             self._input, self._shares = None, []
         return share
+
+    def _compute(self, x: Tensor) -> list[Tensor]:
+        shares: list[Tensor] = list(self._layer.forward(x).split_with_sizes(self._sizes, dim=-1))
+        self._input, self._shares, self._num_left = x, list(shares), len(shares)
+        return shares
 
 
 class PackedMember(_Packed):
