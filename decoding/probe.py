@@ -24,7 +24,7 @@ from cadenza.models import ModelError
 _NAME = "cadenza_probe"
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _FAILURES = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError)
-_NUM_PROMPT_TOKENS, _NUM_DECODE_TOKENS = 12, 3
+_NUM_PROMPT_TOKENS, _NUM_DECODE_TOKENS = 12, 2
 
 
 def _record_shapes(

@@ -4,6 +4,7 @@ Ctrl-C stops the answer, ctrl-D ends the conversation.
 """
 
 import argparse
+import gc
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def run(args: argparse.Namespace) -> int:
+    gc.disable()  # until all is loaded: it would look for garbage among modules, for half a second
     from cadenza.decoding import Engine, EngineConfig
 
     # A shell that starts us in the background has it ignored; here it means "stop the answer".
@@ -26,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     # One conversation needs one place in the batch, and the KV cache for it.
     engine = Engine.load(args.model, load_config(args), EngineConfig(max_num_seqs=1))
+    gc.enable()
     try:
         sampling = _sampling(engine, args)
         _say(f"{engine.model.name} is ready after {time.perf_counter() - start:.1f} s; ctrl-D ends")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 def serve(args: argparse.Namespace) -> int:
+    gc.disable()  # until all is loaded: it would look for garbage among modules, for half a second
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     listener = _listen(args.host, args.port)
     service = Service(settings=server_settings(args))
@@ -35,6 +36,7 @@ def serve(args: argparse.Namespace) -> int:
     server = DrainingServer(service, drain_timeout=args.shutdown_timeout, log_level=args.log_level)
     loading.attach(server)
     server.run(sockets=[listener])
+    gc.unfreeze()
     if loading.error is not None:
         raise loading.error
     if loading.is_alive():
@@ -96,8 +98,8 @@ class Loading(threading.Thread):
             self.error = error
             self._server.result().stop()
             return
-        gc.collect()
         gc.freeze()  # a collection that walks all of torch's objects would stall everyone's tokens
+        gc.enable()
         self._service.loaded = engine
         _report(engine, self._url, imported - start, time.perf_counter() - start)
 
