@@ -16,6 +16,7 @@ from cadenza.decoding.logits import Choice, LogitsPipeline, Row, token_logprobs
 from cadenza.decoding.request import RequestError, RequestFailed
 from cadenza.decoding.runner import ModelRunner, StepLogits
 from cadenza.decoding.scheduler import Scheduler, Step
+from cadenza.decoding.stream import RequestStream, wake
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class EngineCore:
         self._runner = runner
         self._pipeline = pipeline
         self._generations: dict[Branch, Generation] = {}
+        self._delivered: list[RequestStream] = []
 
     @property
     def has_work(self) -> bool:
@@ -61,6 +63,13 @@ class EngineCore:
             self.fail(generation, error)
 
     def step(self) -> None:
+        try:
+            self._step()
+        finally:
+            wake(self._delivered)
+            self._delivered.clear()
+
+    def _step(self) -> None:
         step = self.scheduler.schedule()
         try:
             output = self._runner(step, self._wants_prompt_logits(step))
@@ -117,7 +126,7 @@ class EngineCore:
         branches = generation.begin()
         if not branches:  # max_tokens 0: there is nothing to generate
             self._drop(generation.root)
-            generation.deliver()
+            self._deliver(generation)
         for branch in branches:
             if branch is not generation.root:
                 self._generations[branch] = generation
@@ -138,7 +147,11 @@ class EngineCore:
             for branch, _ in own:
                 if branch.is_finished:
                     self._drop(branch)
-            generation.deliver()
+            self._deliver(generation)
+
+    def _deliver(self, generation: Generation) -> None:
+        generation.deliver()
+        self._delivered.append(generation.stream)
 
     def _drop(self, branch: Branch) -> None:
         del self._generations[branch]

@@ -144,8 +144,6 @@ class Generation:
         branch.finish_reason, branch.stop_reason = reason, stop_reason
 
     def deliver(self) -> None:
-        """Hand the step's events to the stream; close it if they are the last."""
+        """Hand the step's events to the stream, without waking who awaits them."""
         events, self._events = self._events, []
-        self.stream.put(events)
-        if self.is_finished:
-            self.stream.close()
+        self.stream.put(events, is_last=self.is_finished)

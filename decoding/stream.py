@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from cadenza.decoding.request import Event
 
+Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
+
 
 class RequestStream:
     """The events of one request, iterated once, either with `for` or with `async for`.
@@ -25,7 +27,7 @@ class RequestStream:
         self._error: Exception | None = None
         self._is_closed = False
         self._changed = threading.Condition()
-        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+        self._waiter: Waiter | None = None
 
     def abort(self) -> None:
         """Stop the request and free what it holds. From any thread, any number of times."""
@@ -40,25 +42,25 @@ class RequestStream:
 
     # what the engine's thread calls
 
-    def put(self, events: Iterable[Event]) -> None:
+    def put(self, events: Iterable[Event], *, is_last: bool = False) -> None:
+        """Add events. Whoever awaits them is only woken by `wake`, which the engine calls once per step."""
         with self._changed:
             self._events.extend(events)
-            self._wake()
+            self._is_closed = self._is_closed or is_last
+            self._changed.notify_all()
 
     def close(self, error: Exception | None = None) -> None:
         """No more events; the first call decides how iteration ends."""
         with self._changed:
             if not self._is_closed:
                 self._is_closed, self._error = True, error
-            self._wake()
+            self._changed.notify_all()
+        wake([self])
 
-    def _wake(self) -> None:
-        self._changed.notify_all()
-        if self._waiter is not None:
-            loop, future = self._waiter
-            self._waiter = None
-            with contextlib.suppress(RuntimeError):  # the loop was closed before its request was
-                loop.call_soon_threadsafe(_resolve, future)
+    def _take_waiter(self) -> "Waiter | None":
+        with self._changed:
+            waiter, self._waiter = self._waiter, None
+            return waiter
 
     # what the consumer calls
 
@@ -99,6 +101,18 @@ class RequestStream:
             await future
 
 
-def _resolve(future: "asyncio.Future[None]") -> None:
-    if not future.done():
-        future.set_result(None)
+def wake(streams: Iterable[RequestStream]) -> None:
+    """Wake who awaits these streams: once per event loop, which then works in one go while the engine computes."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for stream in streams:
+        if (waiter := stream._take_waiter()) is not None:
+            by_loop.setdefault(waiter[0], []).append(waiter[1])
+    for loop, futures in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # the loop was closed before its request was
+            loop.call_soon_threadsafe(_resolve, futures)
+
+
+def _resolve(futures: "list[asyncio.Future[None]]") -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 def serve(args: argparse.Namespace) -> int:
+    sys.setswitchinterval(0.0005)  # the engine must not wait 5 ms for the event loop to yield the interpreter
     gc.disable()  # until all is loaded: it would look for garbage among modules, for half a second
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     listener = _listen(args.host, args.port)
