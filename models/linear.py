@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 PACKED_DTYPES = (torch.float32,)
+_TRIAL_COUNTS = (1, 2, 3, 8, 15, 16, 17, 48, 100, 128, 512)
+_TRIAL_WORK = 10**9  # multiplications per trial, so that asking stays quick for large weights
+_ANSWERS: dict[tuple[int, int, bool, int], tuple[bool, bool]] = {}
 _ROWS_HINT = 32  # the layout oneDNN chooses for this row count serves every other count bit for bit alike
 
 
@@ -38,9 +41,26 @@ class PackedLinear(_Packed):
         super().__init__(weight.shape[1], weight.shape[0])
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
         self._bias = bias
-        rows = torch.arange(2.0 * self.in_features).sin_().view(2, -1)
-        pair, alone = self._apply_packed(rows), [self._apply_packed(row[None]) for row in rows]
-        self._sums_single_rows_otherwise = not torch.equal(pair, torch.cat(alone))
+        self._sums_single_rows_otherwise, self.is_row_invariant = self._ask()
+
+    def _ask(self) -> tuple[bool, bool]:
+        """(a single row is summed in another order, any number of rows from 2 on is summed in one order).
+
+        oneDNN decides by shape, so that one weight answers for all of its shape.
+        """
+        key = (self.out_features, self.in_features, self._bias is not None, torch.get_num_threads())
+        if key not in _ANSWERS:
+            most = max(2, _TRIAL_WORK // (self.out_features * self.in_features))
+            counts = [count for count in _TRIAL_COUNTS if count <= most]
+            rows = torch.arange(counts[-1] * self.in_features, dtype=torch.float32).sin_()
+            rows = rows.view(-1, self.in_features)
+            single, *several = [self._apply_packed(rows[:count]) for count in counts]
+            is_single_otherwise = not torch.equal(single, several[0][:1])
+            _ANSWERS[key] = (
+                is_single_otherwise,
+                all(torch.equal(result[:2], several[0]) for result in several),
+            )
+        return _ANSWERS[key]
 
     def forward(self, x: Tensor) -> Tensor:
         if self._sums_single_rows_otherwise and x.numel() == self.in_features:
@@ -70,6 +90,10 @@ class PackedGroup:
         self._input: Tensor | None = None
         self._shares: list[Tensor | None] = []
         self._num_left = 0
+
+    @property
+    def is_row_invariant(self) -> bool:
+        return self._layer.is_row_invariant
 
     def members(self) -> list["PackedMember"]:
         """One layer for each of the layers that the group was made of."""
