@@ -33,7 +33,6 @@ class Branch:
     num_published: int = 0
     num_cached_tokens: int | None = None
     """Prompt tokens that the prefix cache supplied when the branch was first admitted."""
-    cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 

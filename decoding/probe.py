@@ -20,6 +20,7 @@ from cadenza.decoding.kv_cache import KVCache, LayerShape
 from cadenza.decoding.runner import ModelRunner
 from cadenza.decoding.scheduler import Span, Step
 from cadenza.models import ModelError
+from cadenza.models.errors import one_line
 
 _NAME = "cadenza_probe"
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -73,7 +74,7 @@ def layer_shapes(module: Any, config: Any) -> list[LayerShape]:
             recorded_windows=windows,
         )
     except _FAILURES as error:
-        reason = first_line(error)
+        reason = one_line(error)
         raise ModelError(f"{name}: its attention cannot be replaced by the paged one ({reason})") from error
     num_layers = config.num_hidden_layers
     if sorted(recorded) != list(range(num_layers)) or any(len(calls) != 1 for calls in recorded.values()):
@@ -122,7 +123,7 @@ def eager_logits(module: Any) -> Tensor:
         # positions of its own: some models do not count from 0
         output = module(input_ids=torch.tensor([_tokens(module)], device=_device(module)), use_cache=False)
     except _FAILURES as error:
-        raise ModelError(f"{type(module).__name__}: a trial run failed ({first_line(error)})") from error
+        raise ModelError(f"{type(module).__name__}: a trial run failed ({one_line(error)})") from error
     logits: Tensor = output.logits[0].float()
     return logits
 
@@ -138,7 +139,7 @@ def check(module: Any, shapes: list[LayerShape], block_size: int, expected: Tens
         module.set_attn_implementation(attention.NAME)
         actual = _paged_logits(module, shapes, block_size)
     except _FAILURES as error:
-        raise ModelError(f"{name}: the paged attention does not run ({first_line(error)})") from error
+        raise ModelError(f"{name}: the paged attention does not run ({one_line(error)})") from error
     difference = (actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
     limit = 1e-3 if next(module.parameters()).dtype == torch.float32 else 1e-1
     if not bool(difference <= limit):
@@ -156,10 +157,6 @@ def _tokens(module: Any) -> list[int]:
 def _device(module: Any) -> torch.device:
     device: torch.device = next(module.parameters()).device
     return device
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]
 
 
 def _paged_logits(module: Any, shapes: list[LayerShape], block_size: int) -> Tensor:

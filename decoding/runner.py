@@ -41,9 +41,7 @@ class Rows:
     chunks: list[PromptChunk]
     groups: list[DecodeGroup]
     row_of: dict[tuple[Branch, int], int]
-    """The packed row of (branch, position), for the last token of every span."""
-    chunk_row: dict[Branch, int]
-    """The first packed row of a branch's prompt chunk."""
+    """The packed row of (branch, position)."""
 
 
 class ModelRunner:
@@ -85,7 +83,7 @@ class ModelRunner:
 
 def pack(spans: Sequence[Span], block_size: int, device: torch.device) -> Rows:
     """Decode rows first, grouped by bucket, then prompt chunks."""
-    rows = Rows([], [], [], [], [], {}, {})
+    rows = Rows([], [], [], [], [], {})
     decode_rows = [
         (branch, position)
         for branch, start, end in ((span.branch, span.start, span.end) for span in spans)
@@ -127,7 +125,6 @@ def _add_chunk(rows: Rows, span: Span, block_size: int, device: torch.device) ->
     table = torch.tensor(_padded(branch.block_table, num_blocks), device=device)
     first_row = len(rows.token_ids)
     rows.chunks.append(PromptChunk(first_row, end - span.start, span.start, table))
-    rows.chunk_row[branch] = first_row
     for position in range(span.start, end):
         _add_row(rows, branch, position, block_size)
 
@@ -152,8 +149,9 @@ def _wanted_rows(
     prompt_rows: dict[Branch, tuple[int, int]] = {}
     for span in spans:
         branch = span.branch
-        if branch in wants_prompt and branch in rows.chunk_row:
-            first, count = rows.chunk_row[branch], min(span.end, branch.num_prompt_tokens) - span.start
+        if branch in wants_prompt and span.start < branch.num_prompt_tokens:
+            first = rows.row_of[branch, span.start]
+            count = min(span.end, branch.num_prompt_tokens) - span.start
             prompt_rows[branch] = (len(wanted), count)
             wanted += range(first, first + count)
         if span.reaches_end:

@@ -72,10 +72,10 @@ def _ask() -> str | None:
 
 
 def _answer(engine: "Engine", sampling: "SamplingParams", messages: list[dict[str, Any]]) -> str:
+    from cadenza.decoding.completion import prompt_token_ids
     from cadenza.decoding.request import Delta, GenerationRequest
 
-    prompt = engine.model.tokenizer.render_chat(messages)
-    token_ids = tuple(engine.model.tokenizer.encode(prompt, add_special_tokens=False))
+    token_ids = prompt_token_ids(engine.tokenizer, messages)
     request = GenerationRequest(request_id=uuid.uuid4().hex, prompt_token_ids=token_ids, sampling=sampling)
     stream = engine.submit(request)
     said = ""

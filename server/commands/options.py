@@ -4,6 +4,7 @@ the loader's own configuration, so that no default is written twice.
 
 import argparse
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,65 +16,50 @@ MODEL_HELP = "an alias (smollm2), a Hugging Face id, a local folder, or a .gguf 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
-        "--revision", default=argparse.SUPPRESS, help="branch, tag or commit of a Hugging Face model"
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="run Python code that comes with the model",
-    )
-    parser.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="load weights from pickle files, which can run code",
-    )
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--revision", help="branch, tag or commit of a Hugging Face model")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    add("--allow-pickle", action="store_true", help="load weights from pickle files, which can run code")
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    add = group.add_argument
-    add("--device", default=argparse.SUPPRESS, help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default=argparse.SUPPRESS)
-    add("--max-model-len", type=int, metavar="TOKENS", default=argparse.SUPPRESS, help="shorten the context")
-    add("--chat-template", metavar="PATH", default=argparse.SUPPRESS, help="a template file, or the template")
+    add = partial(group.add_argument, default=argparse.SUPPRESS)
+    add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--dtype", choices=["auto", "float32", "float16", "bfloat16"])
+    add("--max-model-len", type=int, metavar="TOKENS", help="shorten the context")
+    add("--chat-template", metavar="PATH", help="a template file, or the template")
     add(
         "--generation-config",
         metavar="auto|none|PATH",
-        default=argparse.SUPPRESS,
         help="where sampling defaults come from (default: auto, the model's own)",
     )
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
-    add = group.add_argument
-    add("--max-num-seqs", type=int, default=argparse.SUPPRESS, help="sequences that run at once")
-    add("--max-num-batched-tokens", type=int, default=argparse.SUPPRESS, help="tokens per step")
-    add("--max-queue", type=int, default=argparse.SUPPRESS, help="requests that may wait; more get a 429")
-    add("--kv-cache-memory-gb", type=float, default=argparse.SUPPRESS, help="memory for the KV cache")
-    add("--block-size", type=int, default=argparse.SUPPRESS, help="tokens per block of the KV cache")
+    add = partial(group.add_argument, default=argparse.SUPPRESS)
+    add("--max-num-seqs", type=int, help="sequences that run at once")
+    add("--max-num-batched-tokens", type=int, help="tokens per step")
+    add("--max-queue", type=int, help="requests that may wait; more get a 429")
+    add("--kv-cache-memory-gb", type=float, help="memory for the KV cache")
+    add("--block-size", type=int, help="tokens per block of the KV cache")
     add(
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
-        default=argparse.SUPPRESS,
         help="reuse the KV cache of equal beginnings (default: on)",
     )
     add(
         "--max-logprobs",
         type=int,
-        default=argparse.SUPPRESS,
         help="most alternatives a request may have",
     )
     add(
         "--logprobs-mode",
         choices=["raw_logprobs", "processed_logprobs"],
-        default=argparse.SUPPRESS,
         help="log-probabilities before or after penalties, temperature and truncation",
     )
-    add("--seed", type=int, default=argparse.SUPPRESS, help="makes requests without a seed repeatable")
+    add("--seed", type=int, help="makes requests without a seed repeatable")
 
 
 def _given(args: argparse.Namespace, config: type) -> dict[str, Any]:
