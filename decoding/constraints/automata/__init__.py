@@ -1,0 +1,1 @@
+"""Regular expressions and the automata over bytes that they become."""

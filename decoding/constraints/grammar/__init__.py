@@ -1,0 +1,1 @@
+"""Context-free grammars, their incremental parser, and the shortest way to complete a text."""

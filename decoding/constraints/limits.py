@@ -1,0 +1,58 @@
+"""Bounds on what compiling one constraint may cost, checked by the code that spends it."""
+
+import time
+from dataclasses import dataclass, field
+
+from cadenza.decoding.constraints.errors import ConstraintTooComplex
+
+_CHECK_CLOCK_EVERY = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_source_bytes: int = 512 * 1024
+    max_nesting: int = 200
+    """Levels of brackets in a pattern, of values in a schema, of rules within rules."""
+    max_states: int = 40_000
+    """States of one automaton after minimization; while it is built, it may have ten times as many."""
+    max_rules: int = 50_000
+    """Productions of a grammar, including the ones that repetition counts expand to."""
+    max_seconds: float = 1.5
+    max_memory_bytes: int = 200 * 1024 * 1024
+
+
+@dataclass(slots=True)
+class Effort:
+    """Counts the work of one compilation. Every loop whose length the source decides calls `spend`."""
+
+    limits: Limits = field(default_factory=Limits)
+    started: float = field(default_factory=time.monotonic)
+    _until_clock: int = _CHECK_CLOCK_EVERY
+
+    def spend(self, work: int = 1) -> None:
+        """Account for `work` steps of some microseconds each. Raises ConstraintTooComplex when time is up."""
+        self._until_clock -= work
+        if self._until_clock <= 0:
+            self._until_clock = _CHECK_CLOCK_EVERY
+            if time.monotonic() - self.started > self.limits.max_seconds:
+                raise ConstraintTooComplex(
+                    f"the constraint took longer than {self.limits.max_seconds} seconds to compile"
+                )
+
+    def check_states(self, count: int) -> None:
+        if count > self.limits.max_states:
+            raise ConstraintTooComplex(
+                f"the constraint needs more than {self.limits.max_states} automaton states"
+            )
+
+    def check_rules(self, count: int) -> None:
+        if count > self.limits.max_rules:
+            raise ConstraintTooComplex(
+                f"the constraint needs more than {self.limits.max_rules} grammar rules"
+            )
+
+    def check_nesting(self, depth: int) -> None:
+        if depth > self.limits.max_nesting:
+            raise ConstraintTooComplex(
+                f"the constraint is nested deeper than {self.limits.max_nesting} levels"
+            )
