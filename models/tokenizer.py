@@ -59,6 +59,15 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def encode_bytes(self, text: bytes) -> list[int] | None:
+        """The ids of a piece of text whose tokens stand for exactly these bytes; None where there are none: the
+        bytes are no whole characters, or the tokenizer changes or adds to them."""
+        try:
+            ids = self.encode(text.decode(), add_special_tokens=False)
+        except UnicodeDecodeError:
+            return None
+        return ids if b"".join(map(self.token_bytes, ids)) == text else None
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
@@ -95,6 +104,11 @@ class Tokenizer:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         return frozenset(token_id for token_id, token in self._added.items() if token.special)
+
+    @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Added to the trained vocabulary, special ones included."""
+        return frozenset(self._added)
 
     @property
     def eos_token_id(self) -> int | None:

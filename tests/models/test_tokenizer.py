@@ -128,6 +128,7 @@ def test_added_tokens_are_written_literally() -> None:
     assert tokenizer.token_bytes(3) == "<think é>".encode()
     assert tokenizer.token_bytes(4) == "<｜fin｜>".encode()
     assert tokenizer.special_ids == {4}
+    assert tokenizer.added_ids == {3, 4}
     assert tokenizer.vocab_size == 5
 
 
