@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from cadenza.decoding.request import RequestError, SamplingParams
+from cadenza.server.protocol.constraints import ConstraintFields
 from cadenza.server.protocol.wire import Wire
 
 MAX_CHOICES = 128
@@ -36,7 +37,7 @@ class StreamOptions(Wire):
             )
 
 
-class SamplingFields(Wire):
+class SamplingFields(ConstraintFields):
     """None: the client did not say; then the model's own default holds, else that of `SamplingParams`."""
 
     model: str | None = None

@@ -19,12 +19,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "safety_identifier": (ANYTHING,),
     "prompt_cache_key": (ANYTHING,),
     "prompt_cache_retention": (ANYTHING,),
+    "guided_decoding_backend": (ANYTHING,),  # vLLM's hint at an engine; the language is the same with any
     "parallel_tool_calls": (ANYTHING,),  # how to call tools, where there are none to call
     "store": (False,),
     "service_tier": ("auto", "default"),
     "verbosity": ("medium",),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -55,16 +55,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mirostat_tau": (5.0,),
     "mirostat_eta": (0.1,),
     "min_keep": (0,),
-    # constraints
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "json_schema": (),
-    "grammar": ("",),
-    "regex": (),
-    "ebnf": (),
     # adapters
     "lora": ([],),
     # vLLM: how its own answers are written
