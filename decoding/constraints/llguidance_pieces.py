@@ -1,0 +1,240 @@
+"""Cuts a terminal into lexemes: rules over pieces that match exactly what the terminal does.
+
+A piece ends where the terminal ends and before each of the bytes given, so that a greedy lexer cannot run past the
+places where something else may begin. The rules are right-linear over the states of the terminal's automaton;
+pieces become expressions again by elimination of states (Brzozowski and McCluskey; equations by Arden's rule).
+"""
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cadenza.decoding.constraints.automata.dfa import DFA
+from cadenza.decoding.constraints.automata.expression import (
+    EPSILON,
+    CharSet,
+    Expression,
+    Literal,
+    concat,
+    either,
+    star,
+)
+from cadenza.decoding.constraints.limits import Effort
+from cadenza.decoding.constraints.llguidance_characters import ALL_BYTES, Characters, Edges
+from cadenza.decoding.constraints.llguidance_symbols import Code, Symbols, Terminal, mask_bytes
+
+Exit: TypeAlias = tuple[bool, tuple[tuple[int, CharSet], ...]]
+"""What may come after a piece: whether the terminal may end, and the edges into the next piece."""
+
+_MAX_ELIMINATED = 48
+"""States of an automaton that is cut into longer pieces than characters."""
+
+
+def cut_terminal(symbols: Symbols, terminal: Terminal, places: dict[int, int]) -> Code:
+    """places: by state, or offset in a literal, the mask of the bytes before which a piece ends there.
+
+    Answers the rule that stands for the terminal from now on.
+    """
+    if terminal.dfa is None:
+        return _cut_literal(symbols, terminal.text, places)
+    characters = Characters(terminal.dfa, symbols.effort)
+    pieces = _Pieces(characters, places, symbols)
+    if pieces.too_many:
+        pieces = _Pieces(characters, dict.fromkeys(characters.states, ALL_BYTES), symbols)
+    return pieces.rules()
+
+
+def _cut_literal(symbols: Symbols, text: bytes, places: Iterable[int]) -> Code:
+    parts = [text[low:high].decode() for low, high in pairwise([0, *sorted(places), len(text)])]
+    codes = [symbols.symbol(Literal(part)) for part in parts]
+    return symbols.add_rule([tuple(code for code in codes if code is not None)])
+
+
+class _Pieces:
+    def __init__(self, characters: Characters, places: dict[int, int], symbols: Symbols) -> None:
+        self._characters = characters
+        self._symbols = symbols
+        self._places = places
+        self._inside = {s: characters.edges(s, ~places.get(s, 0) & ALL_BYTES) for s in characters.states}
+        self._exits: dict[Exit, list[int]] = {}
+        """States after which the same may come."""
+        for state in characters.states:
+            edges = characters.edges(state, places[state]) if state in places else {}
+            key = (bool(characters.dfa.accepting[state]), tuple(sorted(edges.items(), key=lambda e: e[0])))
+            if key[0] or key[1]:
+                self._exits.setdefault(key, []).append(state)
+
+    @property
+    def too_many(self) -> bool:
+        """Whether cutting at every character is simpler."""
+        size = len(self._characters.states)
+        return size > _MAX_ELIMINATED or len(self._exits) ** 2 > 4 * size + 16
+
+    def rules(self) -> Code:
+        after = {key: self._symbols.add_rule() for key in self._exits if key[1]}
+        table = self._table()
+        exits = [
+            (after.get(key), _Ends(self._inside, table, states, self._symbols.effort))
+            for key, states in self._exits.items()
+        ]
+        for key, code in after.items():
+            state = self._exits[key][0]
+            self._symbols.rules[~code] = [()] if key[0] else []
+            self._symbols.rules[~code] += self._sequences(state, self._places[state], exits)
+        return self._symbols.add_rule(self._sequences(0, ALL_BYTES, exits))
+
+    def _sequences(
+        self, state: int, mask: int, exits: "list[tuple[Code | None, _Ends]]"
+    ) -> list[tuple[Code, ...]]:
+        """Pieces that begin at a state with a byte of the mask, each followed by what may come after it."""
+        sequences: list[tuple[Code, ...]] = []
+        edges = self._characters.edges(state, mask)
+        for rule, ends in exits:
+            piece = ends.piece(edges)
+            if piece is not None:
+                code = self._symbols.add_piece(piece, ends.automaton(self._row(state, mask)))
+                sequences.append((code,) if rule is None else (code, rule))
+        return sequences
+
+    def _row(self, state: int, mask: int) -> NDArray[np.int32]:
+        dfa = self._characters.dfa
+        row: NDArray[np.int32] = dfa.table[state, dfa.byte_class]
+        row[mask_bytes(~mask & ALL_BYTES)] = -1
+        return row
+
+    def _table(self) -> NDArray[np.int32]:
+        """[state, byte] the terminal's without the edges from one piece into the next."""
+        dfa = self._characters.dfa
+        table: NDArray[np.int32] = dfa.table[:, dfa.byte_class]
+        for state, mask in self._places.items():
+            table[state, mask_bytes(mask)] = -1
+        return table
+
+
+class _Ends:
+    """The pieces that end at some of the states."""
+
+    def __init__(
+        self, inside: dict[int, Edges], table: NDArray[np.int32], ends: list[int], effort: Effort
+    ) -> None:
+        self._paths = _paths(inside, set(ends), effort)
+        self._table = table
+        self._accepting = np.zeros(len(table), np.bool_)
+        self._accepting[ends] = True
+        self._effort = effort
+
+    def piece(self, edges: Edges) -> Expression | None:
+        parts = [_sequence(chars, self._paths[s]) for s, chars in edges.items() if s in self._paths]
+        return _sum(parts) if parts else None
+
+    def automaton(self, start: NDArray[np.int32]) -> DFA:
+        """start: the row of the piece's own first state."""
+        self._effort.spend(4 + len(self._table) // 8)
+        table = np.vstack([start, self._table])
+        table[table >= 0] += 1
+        return _trimmed(table, np.append(False, self._accepting))
+
+
+def _trimmed(table: NDArray[np.int32], accepting: NDArray[np.bool_]) -> DFA:
+    """Without the states that are of no use; the table is by byte."""
+    useful = accepting.copy()
+    while True:
+        more = useful | ((table >= 0) & useful[table]).any(axis=1)
+        if (more == useful).all():
+            break
+        useful = more
+    reached = np.zeros(len(table), np.bool_)
+    fresh = np.array([0])
+    while len(fresh):
+        reached[fresh] = True
+        following = np.unique(table[fresh])
+        following = following[following >= 0]
+        fresh = following[useful[following] & ~reached[following]]
+    kept = reached.nonzero()[0]
+    number = np.full(len(table) + 1, -1, np.int32)
+    number[kept] = np.arange(len(kept))
+    columns, byte_class = np.unique(number[table[kept]], axis=1, return_inverse=True)
+    return DFA(byte_class.reshape(-1).astype(np.uint8), np.ascontiguousarray(columns), accepting[kept])
+
+
+def _paths(inside: dict[int, Edges], ends: set[int], effort: Effort) -> dict[int, Expression]:
+    """By state, the texts that lead from it to one of the ends.
+
+    One equation for each state, solved for one after the other: X = loop X | rest means X = loop* rest.
+    """
+    useful = _reaching(inside, ends)
+    rows: dict[int, dict[int, Expression]] = {
+        s: {t: chars for t, chars in inside[s].items() if t in useful} for s in useful
+    }
+    ending: dict[int, Expression] = dict.fromkeys(ends, EPSILON)
+    solved: list[int] = []
+    while len(solved) < len(rows):
+        effort.spend(len(rows))
+        state = min(useful, key=lambda s: _fill_in(rows, useful, s))
+        useful.discard(state)
+        solved.append(state)
+        _eliminate(rows, ending, useful, state)
+    paths: dict[int, Expression] = {}
+    for state in reversed(solved):
+        parts = [_sequence(chars, paths[t]) for t, chars in rows[state].items()]
+        paths[state] = _sum([*([ending[state]] if state in ending else []), *parts])
+    return paths
+
+
+def _reaching(inside: dict[int, Edges], ends: set[int]) -> set[int]:
+    before: dict[int, list[int]] = {}
+    for state, edges in inside.items():
+        for target in edges:
+            before.setdefault(target, []).append(state)
+    found, pending = set(ends), list(ends)
+    while pending:
+        for state in before.get(pending.pop(), []):
+            if state not in found:
+                found.add(state)
+                pending.append(state)
+    return found
+
+
+def _fill_in(rows: dict[int, dict[int, Expression]], left: set[int], state: int) -> tuple[int, int]:
+    """How many products it takes to do without the state; the smallest number among equals."""
+    users = sum(1 for other in left if other != state and state in rows[other])
+    return users * len(rows[state]), state
+
+
+def _eliminate(
+    rows: dict[int, dict[int, Expression]], ending: dict[int, Expression], left: set[int], state: int
+) -> None:
+    row = rows[state]
+    loop = row.pop(state, None)
+    if loop is not None:
+        row.update({target: _sequence(star(loop), part) for target, part in row.items()})
+        if state in ending:
+            ending[state] = _sequence(star(loop), ending[state])
+    for user in left:
+        way = rows[user].pop(state, None)
+        if way is None:
+            continue
+        for target, part in row.items():
+            through = _sequence(way, part)
+            rows[user][target] = _sum([rows[user][target], through]) if target in rows[user] else through
+        if state in ending:
+            through = _sequence(way, ending[state])
+            ending[user] = _sum([ending[user], through]) if user in ending else through
+
+
+def _sequence(first: Expression, second: Expression) -> Expression:
+    if second is EPSILON:
+        return first
+    return second if first is EPSILON else concat(first, second)
+
+
+def _sum(parts: list[Expression]) -> Expression:
+    """Their union. Compares objects, not structures, which share parts and may be deep."""
+    sets = [part for part in parts if isinstance(part, CharSet)]
+    others: list[Expression] = [part for part in parts if not isinstance(part, CharSet)]
+    if sets:
+        others.insert(0, CharSet.of(r for chars in sets for r in chars.ranges))
+    return either(*{id(part): part for part in others}.values())
