@@ -159,4 +159,5 @@ def _check_regular(term: "Term") -> None:
 
 
 def _shown(value: Any) -> str:
-    return getattr(value, "__name__", None) or repr(value)[:80]
+    """Short and on one line, whatever the value's `repr` does."""
+    return getattr(value, "__name__", None) or f"a value of type {type(value).__name__}"
