@@ -1,0 +1,147 @@
+"""Token masks of a grammar, filled by llguidance's matcher.
+
+Knows neither budgets nor completions. Each matcher is made from the grammar's text: copies of one would share its
+lexer, and with it the fuel that bounds the lexer's work.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from numpy.typing import NDArray
+
+from cadenza.decoding.constraints.errors import ConstraintError, ConstraintTooComplex, MatcherError
+from cadenza.decoding.constraints.vocabulary import Vocabulary
+
+_NO_TEXT = 0xFF
+"""A byte that no text holds; to llguidance, the first one of a special token's name."""
+_REFUEL_EVERY = 16
+"""Tokens that may be consumed before a mask is computed, which is when the lexer gets new fuel."""
+
+
+def _limits() -> LLParserLimits:
+    """High enough for whatever our own limits let through; they bound the work of one mask, not its time."""
+    return LLParserLimits(
+        max_items_in_row=20_000,
+        initial_lexer_fuel=10_000_000,
+        step_lexer_fuel=2_000_000,
+        step_max_items=1_000_000,
+        max_grammar_size=2_000_000,
+        verbose_errors=False,
+    )
+
+
+class _Tokens:
+    """A vocabulary in the way in which llguidance asks for one."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.eos_token_id = vocabulary.eos_ids[0]
+        self.bos_token_id = None
+        self.special_token_ids = [
+            token_id for token_id, token in enumerate(vocabulary.tokens) if not token or token[0] == _NO_TEXT
+        ]
+        self.tokens = list(vocabulary.tokens)
+        for token_id in self.special_token_ids:
+            self.tokens[token_id] = f"<|{token_id}|>".encode()
+
+    def __call__(self, text: bytes) -> list[int]:
+        raise NotImplementedError("masks are computed without tokenizing text")
+
+
+class MaskTables:
+    """What the matchers of one vocabulary share. Safe to share between threads."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        if not vocabulary.eos_ids:
+            raise ValueError("masks need a token that ends the text")
+        self.vocabulary = vocabulary
+        self.tokenizer = LLTokenizer(
+            TokenizerWrapper(_Tokens(vocabulary)), n_vocab=vocabulary.size, eos_token=list(vocabulary.eos_ids)
+        )
+
+
+def check_llguidance(text: str) -> None:
+    """Raises ConstraintError if llguidance does not take the grammar, ConstraintTooComplex if it is too large."""
+    message = LLMatcher.validate_grammar(text, None, limits=_limits())
+    if not message or message.startswith("WARNING"):
+        return
+    line = message.strip().splitlines()[0]
+    if any(word in line for word in ("too many", "too large", "too big", "limit", "fuel")):
+        raise ConstraintTooComplex(f"the constraint is too large for llguidance: {line}")
+    raise ConstraintError(f"llguidance does not take the constraint's grammar: {line}")
+
+
+@dataclass(slots=True)
+class MaskMatcher:
+    """Follows one text. Not safe to use from two threads at once; different matchers are."""
+
+    text: str
+    tables: MaskTables
+    _matcher: LLMatcher
+    _tokens: list[int] = field(default_factory=list)
+
+    @classmethod
+    def build(cls, text: str, tables: MaskTables) -> "MaskMatcher":
+        """text: a grammar that `check_llguidance` takes."""
+        matcher = cls(text, tables, LLMatcher(tables.tokenizer, text, log_level=0, limits=_limits()))
+        matcher._check()
+        return matcher
+
+    @property
+    def is_accepting(self) -> bool:
+        """The text so far is in the language."""
+        accepting = self._matcher.is_accepting()
+        self._check()
+        return accepting
+
+    def fill(self, row: NDArray[np.int32]) -> None:
+        """row: [num_words], contiguous. Sets the bits of the tokens that may come next, and clears the others.
+
+        The tokens that end the text may come where it is in the language. Releases the interpreter's lock.
+        """
+        assert row.shape == (self.tables.vocabulary.num_words,)
+        assert row.flags.c_contiguous
+        assert row.dtype == np.int32
+        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        self._check()
+
+    def advance(self, token_id: int) -> None:
+        """Go on by a token that the mask allowed."""
+        if not self._matcher.consume_token(token_id):
+            self._check()
+            raise MatcherError(f"llguidance does not take token {token_id} here")
+        self._check()
+        self._tokens.append(token_id)
+
+    def validate(self, tokens: Sequence[int]) -> int:
+        """How many of the tokens may come next, one after the other. Nothing changes."""
+        count = self._matcher.validate_tokens(list(tokens))
+        self._check()
+        return count
+
+    def rollback(self, count: int) -> None:
+        """Forget the last tokens."""
+        if not 0 <= count <= len(self._tokens):
+            raise ValueError(f"cannot go back {count} tokens of {len(self._tokens)}")
+        if count:
+            self._matcher.rollback(count)
+            self._check()
+            del self._tokens[-count:]
+
+    def fork(self) -> "MaskMatcher":
+        """A matcher of the same text with a lexer of its own."""
+        fork = MaskMatcher.build(self.text, self.tables)
+        for index, token_id in enumerate(self._tokens):
+            if index % _REFUEL_EVERY == _REFUEL_EVERY - 1:
+                fork._matcher.compute_bitmask()
+            fork.advance(token_id)
+        return fork
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise MatcherError(f"llguidance: {_first_line(self._matcher.get_error())}")
+
+
+def _first_line(message: str) -> str:
+    return next((line.strip() for line in message.splitlines() if line.strip()), "it failed")
