@@ -119,7 +119,9 @@ class ResponseFormat(Wire):
             case "grammar":
                 yield Way("response_format.grammar", "grammar", self.grammar)
             case "structural_tag":
-                yield Way("response_format", "structural_tag", self.model_dump(exclude_unset=True))
+                names = ("type", "structures", "triggers", "format")
+                tag = {name: getattr(self, name) for name in names if name in self.model_fields_set}
+                yield Way("response_format", "structural_tag", tag)
 
 
 _MEMBERS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {

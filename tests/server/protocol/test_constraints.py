@@ -365,6 +365,23 @@ def test_a_number_that_cannot_be_written_again() -> None:
     assert caught.value.param == "guided_json"
 
 
+@pytest.mark.parametrize("depth", [50, 150, 195, 250, 5000])
+def test_deep_constraints_are_read_or_refused(depth: int) -> None:
+    deep = '{"not":' * depth + "{}" + "}" * depth
+    for field in (
+        f'"guided_json": {deep}',
+        f'"structured_outputs": {{"json": {json.dumps(deep)}}}',
+        f'"response_format": {{"type": "structural_tag", "format": {deep}}}',
+    ):
+        try:
+            body = parse(CompletionRequest, f'{{"prompt": "x", {field}}}'.encode())
+        except RequestError:
+            assert depth > 190
+        else:
+            assert body.constraint_spec is not None
+            assert deep in body.constraint_spec.source
+
+
 def test_the_answer_is_a_400_in_the_clients_shape(client: Any) -> None:
     body = {"prompt": "x", "response_format": {"type": "json_schema"}}
     response = client.post("/v1/completions", json=body)
