@@ -91,7 +91,7 @@ class MaskMatcher:
     @property
     def is_accepting(self) -> bool:
         """The text so far is in the language."""
-        accepting = self._matcher.is_accepting()
+        accepting: bool = self._matcher.is_accepting()
         self._check()
         return accepting
 
@@ -116,7 +116,7 @@ class MaskMatcher:
 
     def validate(self, tokens: Sequence[int]) -> int:
         """How many of the tokens may come next, one after the other. Nothing changes."""
-        count = self._matcher.validate_tokens(list(tokens))
+        count: int = self._matcher.validate_tokens(list(tokens))
         self._check()
         return count
 
