@@ -5,12 +5,12 @@ kept on a stack of our own: a text nested deeply is refused by its depth, not by
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cadenza.decoding.constraints.automata.expression import ANY_CHAR, CharSet, Expression, Literal
 from cadenza.decoding.constraints.errors import ConstraintError
 from cadenza.decoding.constraints.limits import Effort
-from cadenza.decoding.constraints.syntax.rules import Body, Group, Item, Reference
+from cadenza.decoding.constraints.syntax.rules import Body, Group, Item, OpenGroup, Reference
 from cadenza.decoding.constraints.syntax.source import Source
 
 _SPACE = re.compile(r"(?:[ \t\r\n]++|#[^\n]*+)*+")  # possessive: comments could be split in many ways
@@ -38,29 +38,6 @@ def read_gbnf(text: str, effort: Effort) -> tuple[Source, dict[str, Body]]:
 
 
 @dataclass(slots=True)
-class _Open:
-    """A bracket that is not closed yet, or the rule itself."""
-
-    position: int
-    options: list[tuple[Item, ...]] = field(default_factory=list)
-    items: list[Item] = field(default_factory=list)
-    may_repeat: bool = False
-    """Whether an operator may follow: not at the start, and not after another."""
-
-    def next_option(self) -> None:
-        self.options.append(tuple(self.items))
-        self.items = []
-        self.may_repeat = False
-
-    def add(self, item: Item) -> None:
-        self.items.append(item)
-        self.may_repeat = True
-
-    def body(self) -> Body:
-        return (*self.options, tuple(self.items))
-
-
-@dataclass(slots=True)
 class _Reader:
     source: Source
     effort: Effort
@@ -82,7 +59,7 @@ class _Reader:
         return rules
 
     def _body(self) -> Body:
-        opened = [_Open(self.position)]
+        opened = [OpenGroup(self.position)]
         while True:
             self.effort.spend()
             self._skip_space()
@@ -92,7 +69,7 @@ class _Reader:
             innermost = opened[-1]
             if character == "(":
                 self._refuse_lookahead()
-                opened.append(_Open(self.position))
+                opened.append(OpenGroup(self.position))
                 self.effort.check_nesting(len(opened))
                 self.position += 1
             elif character == ")":
@@ -115,12 +92,11 @@ class _Reader:
     def _at_definition(self) -> bool:
         return _DEFINITION.match(self.source.text, self.position) is not None
 
-    def _repeat(self, innermost: _Open) -> None:
+    def _repeat(self, innermost: OpenGroup) -> None:
         if not innermost.may_repeat:
             raise self._error("there is nothing that the operator could repeat")
         low, high = self._counts()
-        innermost.items[-1] = Group(((innermost.items[-1],),), low, high)
-        innermost.may_repeat = False
+        innermost.repeat(low, high)
 
     def _counts(self) -> tuple[int, int | None]:
         character = self.source.text[self.position]

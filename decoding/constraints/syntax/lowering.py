@@ -13,7 +13,14 @@ from cadenza.decoding.constraints.grammar.grammar import Grammar, GrammarBuilder
 from cadenza.decoding.constraints.limits import Effort
 from cadenza.decoding.constraints.syntax.fragments import Fragment, joined, measured, repeated, united
 from cadenza.decoding.constraints.syntax.regular import regular_rules
-from cadenza.decoding.constraints.syntax.rules import Body, Group, Item, Reference
+from cadenza.decoding.constraints.syntax.rules import (
+    Body,
+    Complement,
+    Group,
+    Intersection,
+    Item,
+    Reference,
+)
 
 
 def to_grammar(
@@ -80,7 +87,8 @@ class _Lowering:
                 regular.append(parts[0])
             else:
                 options.append(parts)
-        return [*([fragment] for fragment in united(regular, self.builder.effort)), *options]
+        together: list[list[Part]] = [[fragment] for fragment in united(regular, self.builder.effort)]
+        return together + options
 
     def _parts(self, sequence: Sequence[Item]) -> list[Part]:
         """Recursion is as deep as brackets are nested, two calls a level."""
@@ -92,6 +100,7 @@ class _Lowering:
             elif isinstance(item, Group):
                 parts += self._group(item, self._alternatives(item.options))
             else:
+                assert not isinstance(item, Intersection | Complement)
                 parts.append(measured(item, self.builder.effort))
         return joined(parts, self.builder.effort)
 

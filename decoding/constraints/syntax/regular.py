@@ -10,8 +10,16 @@ from dataclasses import dataclass
 
 from cadenza.decoding.constraints.automata.expression import EPSILON
 from cadenza.decoding.constraints.limits import Effort
-from cadenza.decoding.constraints.syntax.rules import Body, Group, Item, Reference, references
 from cadenza.decoding.constraints.syntax.fragments import Fragment, alternative, measured, repeated, sequence
+from cadenza.decoding.constraints.syntax.rules import (
+    Body,
+    Complement,
+    Group,
+    Intersection,
+    Item,
+    Reference,
+    references,
+)
 
 
 def regular_rules(rules: Mapping[str, Body], effort: Effort) -> dict[str, Fragment]:
@@ -103,6 +111,7 @@ class _Rule:
             known = self.known.get(item.name)
             return None if known is None else _Linear(None, known)
         if not isinstance(item, Group):
+            assert not isinstance(item, Intersection | Complement)
             return _Linear(None, measured(item, self.effort))
         inner = self._alternatives(item.options, mirrored)
         if inner is None or (item.low, item.high) == (1, 1):

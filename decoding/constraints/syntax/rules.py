@@ -4,7 +4,7 @@ Knows neither how rules are written nor what becomes of them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from cadenza.decoding.constraints.automata.expression import Expression
@@ -26,7 +26,21 @@ class Group:
     high: int | None = 1
 
 
-Item: TypeAlias = Expression | Reference | Group
+@dataclass(frozen=True, slots=True)
+class Intersection:
+    """What all of the sequences match. Only inside terminals."""
+
+    sequences: "Body"
+
+
+@dataclass(frozen=True, slots=True)
+class Complement:
+    """What the item does not match. Only inside terminals."""
+
+    item: "Item"
+
+
+Item: TypeAlias = Expression | Reference | Group | Intersection | Complement
 Body: TypeAlias = tuple[tuple[Item, ...], ...]
 """Alternatives, each a sequence."""
 
@@ -36,8 +50,52 @@ def references(body: Body) -> Iterator[Reference]:
     pending: list[Item] = [item for option in body for item in option]
     while pending:
         item = pending.pop()
-        if isinstance(item, Reference):
-            yield item
-            pending.extend(item.arguments)
-        elif isinstance(item, Group):
-            pending.extend(inner for option in item.options for inner in option)
+        match item:
+            case Reference(_, _, arguments):
+                yield item
+                pending.extend(arguments)
+            case Group(options) | Intersection(options):
+                pending.extend(inner for option in options for inner in option)
+            case Complement(inner):
+                pending.append(inner)
+
+
+@dataclass(slots=True)
+class OpenGroup:
+    """A bracket that a reader has not seen closed yet, or the whole of a rule."""
+
+    position: int
+    closing: str = ""
+    options: list[tuple[Item, ...]] = field(default_factory=list)
+    operands: list[tuple[Item, ...]] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
+    may_repeat: bool = False
+    """Whether an operator may follow: not at the start, and not after another."""
+    is_negated: bool = False
+    """Whether the next item is."""
+
+    def add(self, item: Item) -> None:
+        self.items.append(Complement(item) if self.is_negated else item)
+        self.may_repeat = not self.is_negated
+        self.is_negated = False
+
+    def repeat(self, low: int, high: int | None) -> None:
+        self.items[-1] = Group(((self.items[-1],),), low, high)
+        self.may_repeat = False
+
+    def next_operand(self) -> None:
+        self.operands.append(tuple(self.items))
+        self.items = []
+        self.may_repeat = False
+
+    def next_option(self) -> None:
+        if self.operands:
+            self.next_operand()
+            self.items, self.operands = [Intersection(tuple(self.operands))], []
+        self.options.append(tuple(self.items))
+        self.items = []
+        self.may_repeat = False
+
+    def body(self) -> Body:
+        self.next_option()
+        return tuple(self.options)

@@ -1,0 +1,94 @@
+"""Lark's grammar language to a Grammar.
+
+The language is that of the grammar alone, as Lark's Earley parser with its complete dynamic lexer sees it: no
+priorities, no longest match. Ignored text may stand before, between and after terminals, never inside one.
+"""
+
+from dataclasses import dataclass
+
+from cadenza.decoding.constraints.automata.expression import EPSILON, Concat, Expression, concat
+from cadenza.decoding.constraints.errors import ConstraintError
+from cadenza.decoding.constraints.grammar.grammar import Grammar
+from cadenza.decoding.constraints.limits import Effort
+from cadenza.decoding.constraints.syntax.lark_reader import LarkGrammar, read_lark
+from cadenza.decoding.constraints.syntax.lark_templates import without_templates
+from cadenza.decoding.constraints.syntax.lark_terminals import terminal_expressions
+from cadenza.decoding.constraints.syntax.lowering import to_grammar
+from cadenza.decoding.constraints.syntax.rules import (
+    Body,
+    Complement,
+    Group,
+    Intersection,
+    Item,
+    Reference,
+    references,
+)
+
+_START = "start"
+_WHOLE = "%whole"
+
+
+def lark_grammar(text: str, effort: Effort) -> Grammar:
+    """Raises ConstraintError with line and column where the text is not Lark, or not supported."""
+    grammar = read_lark(text, effort)
+    if _START not in grammar.rules:
+        raise ConstraintError(f"the grammar has no rule {_START!r} to start with")
+    _check_names(grammar, effort)
+    terminals, ignored = terminal_expressions(grammar, effort)
+    spacing = _Spacing(terminals, ignored, grammar, effort)
+    rules = {name: spacing.body(body) for name, body in without_templates(grammar, effort).items()}
+    rules[_WHOLE] = ((ignored, Reference(_START, 0)),)
+    if grammar.schemas:
+        from cadenza.decoding.constraints.schema import SchemaOptions, schema_grammar
+    schemas = {
+        name: schema_grammar(schema, SchemaOptions(), effort) for name, (schema, _) in grammar.schemas.items()
+    }
+    return to_grammar(rules, _WHOLE, effort, schemas)
+
+
+def _check_names(grammar: LarkGrammar, effort: Effort) -> None:
+    known = (
+        grammar.rules.keys() | grammar.templates.keys() | grammar.terminals.keys() | grammar.schemas.keys()
+    )
+    bodies = [(body, ()) for body in (*grammar.rules.values(), *grammar.terminals.values(), *grammar.ignored)]
+    for body, parameters in [*bodies, *((t.body, t.parameters) for t in grammar.templates.values())]:
+        for reference in references(body):
+            effort.spend()
+            if reference.name not in known and reference.name not in parameters:
+                kind = "terminal" if reference.name.isupper() else "rule"
+                raise grammar.source.error(f"{kind} {reference.name!r} is not defined", reference.position)
+
+
+@dataclass(frozen=True, slots=True)
+class _Spacing:
+    """Puts terminals in the place of their names, and ignored text after each."""
+
+    terminals: dict[str, Expression]
+    ignored: Expression
+    grammar: LarkGrammar
+    effort: Effort
+
+    def body(self, body: Body) -> Body:
+        options: list[tuple[Item, ...]] = []
+        for option in body:
+            items: list[Item] = []
+            for item in option:
+                self.effort.spend()
+                items.extend(self._items(item))
+            options.append(tuple(items))
+        return tuple(options)
+
+    def _items(self, item: Item) -> tuple[Item, ...]:
+        if isinstance(item, Group):
+            return (Group(self.body(item.options), item.low, item.high),)
+        if isinstance(item, Reference):
+            if item.name in self.terminals:
+                return (self._terminal(self.terminals[item.name]),)
+            return (item, self.ignored) if item.name in self.grammar.schemas else (item,)
+        return (self._terminal(item),)
+
+    def _terminal(self, terminal: Item) -> Item:
+        assert not isinstance(terminal, Reference | Group | Intersection | Complement)
+        if self.ignored == EPSILON:
+            return terminal
+        return concat(*(terminal.parts if isinstance(terminal, Concat) else [terminal]), self.ignored)
