@@ -126,8 +126,7 @@ class Vocabulary:
         ids = encode(run)
         if ids is None or b"".join(self._bytes_of(token_id) for token_id in ids) != run:
             ids = self.segment(run) or []
-        longest = len(self._sorted[-1]) if self._sorted else 0
-        starts = range(max(0, len(run) - longest), len(run))
+        starts = range(max(0, len(run) - self._longest), len(run))
         safe = next((start for start in starts if self._extends(run[start:], b"", may_follow)), len(run))
         kept, end = [], 0
         for token_id in ids:
@@ -166,6 +165,10 @@ class Vocabulary:
     @cached_property
     def _sorted(self) -> list[bytes]:
         return sorted(self._ids)
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self.tokens), default=0)
 
     @cached_property
     def _lengths(self) -> dict[bytes, tuple[int, ...]]:

@@ -149,7 +149,7 @@ def test_forced_tokens_are_the_models_own_where_nothing_can_change_them() -> Non
 
 
 def test_forced_tokens_look_inside_the_last_token() -> None:
-    vocabulary = Vocabulary([b"a", b"b", b"ab", b"bcd"], [])
+    vocabulary = Vocabulary([b"a", b"b", b"ab", b"bcd", b"z"], [])
     own = encode_with({b"ab": [2], b"aab": [0, 2]})
     assert vocabulary.forced_tokens(b"ab", own) == []  # a and bcd may be what the model would write
     assert vocabulary.forced_tokens(b"aab", own) == [0]
