@@ -4,16 +4,21 @@ A request that passes can be served to its end; one that cannot is a `RequestErr
 """
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from cadenza.decoding.block_pool import prefix_root
 from cadenza.decoding.branch import Branch
 from cadenza.decoding.config import EngineConfig
+from cadenza.decoding.constraints.spec import check_combination
 from cadenza.decoding.detokenizer import IncrementalDetokenizer, StopStringFilter, TextStream
 from cadenza.decoding.generation import Generation
 from cadenza.decoding.request import GenerationRequest, RequestError, SamplingParams
 from cadenza.decoding.strategies import IndependentBranches
 from cadenza.decoding.stream import RequestStream
 from cadenza.models import LoadedModel, Tokenizer
+
+if TYPE_CHECKING:
+    from cadenza.decoding.constraints.constraint import Constraint
 
 
 def admit(
@@ -33,6 +38,10 @@ def admit(
     _check_ids("logit_bias", params.logit_bias, vocab_size)
     _check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
     _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+    max_tokens = _max_tokens(request, max_model_len)
+    if request.constraint is not None:
+        check_combination(params, model.eos_token_ids)
+        _check_shortest(request.constraint, max_tokens, params)
     for name in ("logprobs", "prompt_logprobs"):
         wanted = getattr(params, name)
         if wanted is not None and wanted > config.max_logprobs:
@@ -48,6 +57,7 @@ def admit(
         ),
         cache_root=prefix_root(cache_salt=request.cache_salt),
         reads_cache=params.prompt_logprobs is None,
+        matcher=None if request.constraint is None else request.constraint.matcher(),
     )
     return Generation(
         request=request,
@@ -55,7 +65,7 @@ def admit(
         strategy=IndependentBranches(params.n),
         root=root,
         seed=seed,
-        max_tokens=_max_tokens(request, max_model_len),
+        max_tokens=max_tokens,
         eos_token_ids=frozenset(model.eos_token_ids),
         bad_words=_bad_words(tokenizer, params),
     )
@@ -94,6 +104,19 @@ def _max_tokens(request: GenerationRequest, max_model_len: int) -> int:
             "min_tokens",
         )
     return room if asked is None else asked
+
+
+def _check_shortest(constraint: "Constraint", max_tokens: int, params: SamplingParams) -> None:
+    if constraint.min_tokens <= max_tokens:
+        return
+    needed = f"the shortest answer that satisfies the constraint has {constraint.min_tokens} tokens"
+    if params.max_tokens is not None:
+        raise RequestError(f"max_tokens is {max_tokens}, but {needed}", "max_tokens")
+    raise RequestError(
+        f"the context has room for {max_tokens} more tokens, but {needed}",
+        "prompt",
+        "context_length_exceeded",
+    )
 
 
 def _bad_words(tokenizer: Tokenizer, params: SamplingParams) -> list[list[int]]:

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 
 from cadenza.decoding import probe
+from cadenza.decoding.bitmask import BitmaskFiller
 from cadenza.decoding.block_pool import BlockPool
 from cadenza.decoding.config import EngineConfig, plan_blocks
 from cadenza.decoding.core import EngineCore
@@ -39,6 +40,7 @@ def assemble(model: LoadedModel, config: EngineConfig) -> Assembly:
         scheduler,
         ModelRunner(model.module, cache, model.device),
         LogitsPipeline(model.tokenizer.vocab_size, config.logprobs_mode),
+        BitmaskFiller(min(model.tokenizer.vocab_size, model.config.vocab_size)),
     )
     return Assembly(core, num_kv_tokens, _context_length(model, num_kv_tokens))
 

@@ -5,10 +5,14 @@ Facts are stored, conclusions are properties. A branch knows nothing of tensors,
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from cadenza.decoding.block_pool import hash_block
 from cadenza.decoding.detokenizer import TextStream
 from cadenza.decoding.request import FinishReason
+
+if TYPE_CHECKING:
+    from cadenza.decoding.constraints.matcher import Matcher
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +37,10 @@ class Branch:
     num_published: int = 0
     num_cached_tokens: int | None = None
     """Prompt tokens that the prefix cache supplied when the branch was first admitted."""
+    matcher: "Matcher | None" = None
+    """Follows the tokens where the request has a constraint."""
+    pending: list[int] = field(default_factory=list)
+    """Tokens that the matcher is past already: the constraint's, to come one in a step for their log-probability."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -84,4 +92,5 @@ class Branch:
             block_table=list(self.block_table),
             block_hashes=list(self.block_hashes),
             num_published=self.num_published,
+            matcher=None if self.matcher is None else self.matcher.fork(),
         )

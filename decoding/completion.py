@@ -18,6 +18,10 @@ class CompletionChoice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    num_forced_tokens: int = 0
+    """Tokens that a constraint left no alternative to."""
+    closed_early: bool | None = None
+    """Under a constraint: whether the budget of tokens decided how the text ends."""
 
 
 @dataclass(slots=True)
@@ -48,6 +52,8 @@ def _add(choice: CompletionChoice, delta: Delta) -> None:
     choice.logprobs += delta.logprobs or ()
     choice.finish_reason = delta.finish_reason
     choice.stop_reason = delta.stop_reason
+    choice.num_forced_tokens += delta.num_forced_tokens
+    choice.closed_early = delta.closed_early
 
 
 def prompt_token_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:

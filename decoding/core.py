@@ -4,11 +4,13 @@ Everything that a step touches belongs to it; the rest of the program talks to i
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from cadenza.decoding.bitmask import BitmaskFiller, StepBitmask
 from cadenza.decoding.block_pool import BlockPool
 from cadenza.decoding.branch import Branch
 from cadenza.decoding.generation import Generation
@@ -29,13 +31,19 @@ class TokenCounts:
 
 class EngineCore:
     def __init__(
-        self, pool: BlockPool, scheduler: Scheduler, runner: ModelRunner, pipeline: LogitsPipeline
+        self,
+        pool: BlockPool,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        pipeline: LogitsPipeline,
+        masks: BitmaskFiller,
     ) -> None:
         self.pool = pool
         self.scheduler = scheduler
         self.tokens = TokenCounts()
         self._runner = runner
         self._pipeline = pipeline
+        self._masks = masks
         self._generations: dict[Branch, Generation] = {}
         self._delivered: list[RequestStream] = []
 
@@ -71,19 +79,32 @@ class EngineCore:
 
     def _step(self) -> None:
         step = self.scheduler.schedule()
+        filling = self._masks.start(self._constrained(step))
         try:
             output = self._runner(step, self._wants_prompt_logits(step))
+            bitmask = StepBitmask() if filling is None else filling.result()
             self.scheduler.complete(step)
             self._score_prompts(step, output)
-            members, rows = self._rows(output)
-            choices = self._pipeline(output.logits, rows) if rows else []
+            members, rows = self._rows(output, bitmask)
+            choices = self._pipeline(output.logits, rows, bitmask.words) if rows else []
         except Exception as error:  # whatever went wrong, only the requests of this step are lost
             log.exception("a step failed")
             alive = [span.branch for span in step.spans if span.branch in self._generations]
             for generation in {self._generations[branch] for branch in alive}:
                 self.fail(generation, RequestFailed(f"the engine failed on this request: {error}"))
             return
-        self._advance(members, choices)
+        self._advance(members, rows, choices, output.logits)
+
+    def _constrained(self, step: Step) -> list[tuple[Branch, int]]:
+        """The constrained branches that get a token, and how many each may still have."""
+        return [
+            (span.branch, remaining)
+            for span in step.spans
+            if span.branch.matcher is not None
+            and not span.branch.pending
+            and span.reaches_end
+            and (remaining := self._generations[span.branch].remaining(span.branch)) > 0
+        ]
 
     def _wants_prompt_logits(self, step: Step) -> list[Branch]:
         return [
@@ -108,17 +129,22 @@ class EngineCore:
                 tokens = torch.tensor(targets, device=logits.device)
                 generation.prompt_logprobs += token_logprobs(logits, tokens, wanted)
 
-    def _rows(self, output: StepLogits) -> tuple[list[Branch], list[Row]]:
+    def _rows(self, output: StepLogits, bitmask: StepBitmask) -> tuple[list[Branch], list[Row]]:
         """Who needs a token. A request whose prompt is done begins here: its forks share one row of logits."""
+        for branch, error in bitmask.errors.items():
+            if branch in self._generations:  # another branch of the request may have failed before
+                self.fail(self._generations[branch], _matcher_failed(error))
         members: list[Branch] = []
         rows: list[Row] = []
         for branch, logits_row in output.last_row.items():
+            if branch not in self._generations:
+                continue
             generation = self._generations[branch]
             self.tokens.prompt += 0 if generation.is_begun else branch.num_prompt_tokens
             ready = [branch] if generation.is_begun else self._begin(generation)
             for member in ready:
                 members.append(member)
-                rows.append(generation.row(member, logits_row))
+                rows.append(generation.row(member, logits_row, bitmask.row_of.get(branch)))
         return members, rows
 
     def _begin(self, generation: Generation) -> list[Branch]:
@@ -133,21 +159,48 @@ class EngineCore:
                 self.scheduler.add_fork(branch)
         return [branch for branch in branches if self.scheduler.is_running(branch)]
 
-    def _advance(self, members: Iterable[Branch], choices: Iterable[Choice]) -> None:
+    def _advance(
+        self, members: Sequence[Branch], rows: Sequence[Row], choices: Sequence[Choice], logits: Tensor
+    ) -> None:
         results: dict[Generation, list[tuple[Branch, Choice]]] = {}
-        for branch, choice in zip(members, choices, strict=True):
-            results.setdefault(self._generations[branch], []).append((branch, choice))
-            self.tokens.generated += 1
+        for branch, row, choice in zip(members, rows, choices, strict=True):
+            generation = self._generations.get(branch)
+            if generation is None:  # another branch of the request has failed
+                continue
+            try:
+                reviewed = self._review(generation, row, branch, choice, logits)
+            except Exception as error:
+                log.exception("a matcher failed")
+                self.fail(generation, _matcher_failed(error))
+                results.pop(generation, None)
+                continue
+            results.setdefault(generation, []).append((branch, reviewed))
         for generation, own in results.items():
+            num_before = generation.num_generated
             try:
                 generation.advance(own)
             except (RequestError, RequestFailed) as error:
                 self.fail(generation, error)
                 continue
+            self.tokens.generated += generation.num_generated - num_before
             for branch, _ in own:
                 if branch.is_finished:
                     self._drop(branch)
             self._deliver(generation)
+
+    def _review(
+        self, generation: Generation, row: Row, branch: Branch, choice: Choice, logits: Tensor
+    ) -> Choice:
+        """The choice, or the token that the constraint needs in its place so that the rest still fits."""
+        if branch.matcher is None or choice.token_id is None:
+            return choice
+        if is_forced := bool(branch.pending):
+            token_id = branch.pending.pop(0)
+        else:
+            token_id = branch.matcher.accept(choice.token_id, generation.remaining(branch))
+        if token_id == choice.token_id and not is_forced:
+            return choice
+        return Choice(token_id, self._pipeline.logprob(logits, row, token_id), is_forced)
 
     def _deliver(self, generation: Generation) -> None:
         generation.deliver()
@@ -156,3 +209,7 @@ class EngineCore:
     def _drop(self, branch: Branch) -> None:
         del self._generations[branch]
         self.scheduler.remove(branch)
+
+
+def _matcher_failed(error: Exception) -> RequestFailed:
+    return RequestFailed(f"the constraint's matcher failed: {error}")

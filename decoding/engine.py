@@ -18,6 +18,10 @@ from cadenza.decoding.admission import admit
 from cadenza.decoding.assembly import Assembly, assemble
 from cadenza.decoding.completion import Completion, Prompt, collect, prompt_token_ids
 from cadenza.decoding.config import EngineConfig
+from cadenza.decoding.constraints.compiler import ConstraintCompiler
+from cadenza.decoding.constraints.constraint import Constraint
+from cadenza.decoding.constraints.spec import constraint_spec
+from cadenza.decoding.constraints.vocabulary import Vocabulary
 from cadenza.decoding.core import EngineCore
 from cadenza.decoding.generation import Generation
 from cadenza.decoding.request import (
@@ -65,6 +69,8 @@ class Engine:
         self._num_submitted = 0
         self._closed: Exception | None = None
         self._stop_now = False
+        self.constraints = ConstraintCompiler(self._vocabularies, model.tokenizer.encode_bytes)
+        """Compiles what requests may carry as their constraint."""
         assembled: Future[Assembly] = Future()
         self._thread = threading.Thread(
             target=self._main, args=(assembled,), name="cadenza-engine", daemon=True
@@ -132,20 +138,26 @@ class Engine:
                 self._aborted.append(generation)
                 self._changed.notify_all()
 
-    def generate(self, prompt: Prompt, **sampling: Any) -> Completion:
-        """The whole answer. prompt: text, token ids, or chat messages; sampling: fields of SamplingParams."""
-        return self.generate_batch([prompt], **sampling)[0]
+    def generate(self, prompt: Prompt, *, constraint: Any = None, **sampling: Any) -> Completion:
+        """The whole answer. prompt: text, token ids, or chat messages; sampling: fields of SamplingParams.
 
-    def generate_batch(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Completion]:
+        constraint: what the answer must be: a ConstraintSpec, one of outlines' types, a pydantic model, a Python
+        type, or a JSON schema as a dict. Raises ConstraintError where that cannot be enforced.
+        """
+        return self.generate_batch([prompt], constraint=constraint, **sampling)[0]
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], *, constraint: Any = None, **sampling: Any
+    ) -> list[Completion]:
         """The answers to several prompts, computed together."""
-        params = self._params(sampling)
-        streams = [self.submit(self._request(prompt, params)) for prompt in prompts]
+        params, compiled = self._params(sampling), self._constraint(constraint)
+        streams = [self.submit(self._request(prompt, params, compiled)) for prompt in prompts]
         return [collect(stream, params.n) for stream in streams]
 
-    def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt, *, constraint: Any = None, **sampling: Any) -> Iterator[str]:
         """The text of the answer, piece by piece. Leaving the loop early stops the request."""
         params = self._params({**sampling, "n": 1})
-        stream = self.submit(self._request(prompt, params))
+        stream = self.submit(self._request(prompt, params, self._constraint(constraint)))
         try:
             for event in stream:
                 if isinstance(event, Delta) and event.text:
@@ -156,9 +168,29 @@ class Engine:
     def _params(self, fields: dict[str, Any]) -> SamplingParams:
         return SamplingParams(**{**self.model.sampling_defaults, **fields})
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> GenerationRequest:
-        ids = prompt_token_ids(self.tokenizer, prompt)
-        return GenerationRequest(request_id=uuid.uuid4().hex, prompt_token_ids=ids, sampling=params)
+    def _constraint(self, constraint: Any) -> Constraint | None:
+        if constraint is None:
+            return None
+        return self.constraints.compile(constraint_spec(constraint)).result()
+
+    def _vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
+        """Without and with the model's added tokens as text."""
+        size = min(self.tokenizer.vocab_size, self.model.config.vocab_size)
+        plain, with_added = (
+            Vocabulary.from_tokenizer(self.tokenizer, self.model.eos_token_ids, size, with_added=added)
+            for added in (False, True)
+        )
+        return plain, plain if with_added.fingerprint == plain.fingerprint else with_added
+
+    def _request(
+        self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None
+    ) -> GenerationRequest:
+        return GenerationRequest(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=prompt_token_ids(self.tokenizer, prompt),
+            sampling=params,
+            constraint=constraint,
+        )
 
     # state
 
@@ -193,6 +225,7 @@ class Engine:
             self._stop_now = True
             self._changed.notify_all()
         self._thread.join()
+        self.constraints.close()
 
     def __enter__(self) -> "Engine":
         return self

@@ -5,6 +5,7 @@ Knows the model's ends and the request's parameters; no tensors but the prompt's
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from cadenza.decoding.branch import Branch
 from cadenza.decoding.logits import Choice, Row
@@ -20,6 +21,9 @@ from cadenza.decoding.request import (
 )
 from cadenza.decoding.strategies import Strategy
 from cadenza.decoding.stream import RequestStream
+
+if TYPE_CHECKING:
+    from cadenza.decoding.constraints.matcher import Matcher
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +67,15 @@ class Generation:
             return []
         return self.branches
 
-    def row(self, branch: Branch, logits_row: int) -> Row:
+    @property
+    def num_generated(self) -> int:
+        return sum(branch.num_generated for branch in self.branches)
+
+    def remaining(self, branch: Branch) -> int:
+        """Tokens that the branch may still be given."""
+        return self.max_tokens - branch.num_generated
+
+    def row(self, branch: Branch, logits_row: int, mask: int | None = None) -> Row:
         params = self.request.sampling
         return Row(
             logits_row=logits_row,
@@ -74,6 +86,7 @@ class Generation:
             generated=branch.generated,
             banned=self._banned(branch),
             num_logprobs=params.logprobs,
+            mask=mask,
         )
 
     def _banned(self, branch: Branch) -> list[int]:
@@ -91,10 +104,9 @@ class Generation:
     def advance(self, results: Sequence[tuple[Branch, Choice]]) -> None:
         """Apply one step's results. Raises RequestError or RequestFailed if a branch has no token to go on with."""
         for action in self.strategy.advance(results):
-            token_id, logprob = action.choice.token_id, action.choice.logprob
-            if token_id is None:
+            if action.choice.token_id is None:
                 raise self._no_token()
-            self._append(action.branch, token_id, logprob)
+            self._append(action.branch, action.choice, action.choice.token_id)
 
     def _no_token(self) -> Exception:
         params = self.request.sampling
@@ -105,9 +117,13 @@ class Generation:
                 )
         return RequestFailed("the model's logits are not numbers")
 
-    def _append(self, branch: Branch, token_id: int, logprob: TokenLogprob | None) -> None:
-        branch.token_ids.append(token_id)
-        text = self._text_and_end(branch, token_id)
+    def _append(self, branch: Branch, choice: Choice, token_id: int) -> None:
+        if branch.matcher is None:
+            forced: Sequence[int] = ()
+            text = self._text_and_end(branch, token_id)
+        else:
+            forced = self._forced(branch, branch.matcher, token_id)
+            text = self._constrained_text_and_end(branch, branch.matcher, (token_id, *forced))
         if branch.is_finished:
             text += branch.text.flush()
             if branch.text.stop_string is not None and branch.stop_reason is None:
@@ -116,15 +132,31 @@ class Generation:
             Delta(
                 branch.index,
                 text,
-                (token_id,),
-                None if logprob is None else (logprob,),
+                (token_id, *forced),
+                None if choice.logprob is None else (choice.logprob,),
                 branch.finish_reason,
                 branch.stop_reason,
+                num_forced_tokens=choice.is_forced + len(forced),
+                closed_early=branch.finish_reason == "length"
+                if branch.matcher and branch.is_finished
+                else None,
             )
         )
 
+    def _forced(self, branch: Branch, matcher: "Matcher", token_id: int) -> Sequence[int]:
+        """The tokens to which the constraint leaves no alternative after `token_id`. Where log-probabilities are
+        wanted they come one by one, as the model is asked about each of them."""
+        if token_id in self.eos_token_ids or branch.pending:
+            return ()
+        forced = matcher.forced(self.remaining(branch) - 1)
+        if self.request.sampling.logprobs is None:
+            return forced
+        branch.pending = forced
+        return ()
+
     def _text_and_end(self, branch: Branch, token_id: int) -> str:
         """The text that the token makes certain; marks the branch finished where the token ends it."""
+        branch.token_ids.append(token_id)
         params = self.request.sampling
         may_stop = branch.num_generated >= params.min_tokens
         if token_id in self.eos_token_ids and not params.ignore_eos:
@@ -137,6 +169,19 @@ class Generation:
         if branch.text.stop_string is not None:
             self._finish(branch, "stop", branch.text.stop_string)
         elif branch.num_generated >= self.max_tokens:
+            self._finish(branch, "length")
+        return text
+
+    def _constrained_text_and_end(self, branch: Branch, matcher: "Matcher", token_ids: Sequence[int]) -> str:
+        """The constraint, the model's EOS and the budget are all that may end the text: never in its middle."""
+        branch.token_ids += token_ids
+        is_eos = token_ids[0] in self.eos_token_ids
+        text = "" if is_eos else "".join(branch.text.push(token_id) for token_id in token_ids)
+        if is_eos or (matcher.is_ended and not branch.pending):
+            self._finish(branch, "length" if matcher.limited else "stop")
+        elif branch.num_generated >= self.max_tokens:
+            if not matcher.is_complete:
+                raise RequestFailed("the constraint's text is not complete at the end of its tokens")
             self._finish(branch, "length")
         return text
 

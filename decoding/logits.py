@@ -32,6 +32,8 @@ class Row:
     """Token ids that may not come now: ends before min_tokens, last tokens of bad words."""
     num_logprobs: int | None
     """Alternatives wanted; 0: the chosen token's log-probability only; None: no log-probabilities."""
+    mask: int | None = None
+    """Its row in the step's bitmask, where a constraint says what may come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Choice:
     token_id: int | None
     """None: the row's bans leave no token, or its logits are not numbers."""
     logprob: TokenLogprob | None
+    is_forced: bool = False
+    """The constraint left no alternative."""
 
 
 class LogitsPipeline:
@@ -46,11 +50,13 @@ class LogitsPipeline:
         self._vocab_size = vocab_size
         self._logprobs_mode = logprobs_mode
 
-    def __call__(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
-        """logits: [number of distinct rows, V] float32, left as they are. One choice for each of `rows`."""
+    def __call__(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None = None) -> list[Choice]:
+        """logits: [number of distinct rows, V] float32, left as they are; bitmask: [any, ceil(V / 32)] int32 on the
+        host. One choice for each of `rows`."""
         raw = logits[torch.tensor([row.logits_row for row in rows], device=logits.device)]
         logits = raw.clone() if self._wants_raw_logprobs(rows) else raw
         logits = mask_vocabulary(logits, rows, self._vocab_size)
+        logits = logits if bitmask is None else apply_bitmask(logits, rows, bitmask)
         logits = apply_penalties(logits, rows)
         logits = add_bias(logits, rows)
         parameters = _parameters(rows, logits.device)
@@ -59,6 +65,16 @@ class LogitsPipeline:
         if self._logprobs_mode == "processed_logprobs":
             raw = processed_logits(logits, parameters) if _wants_logprobs(rows) else raw
         return _choices(raw, tokens, is_possible, rows)
+
+    def logprob(self, logits: Tensor, row: Row, token_id: int) -> TokenLogprob | None:
+        """What the model says of a token that a constraint decided on, in place of the drawn one."""
+        if row.num_logprobs is None:
+            return None
+        if self._logprobs_mode == "processed_logprobs":  # nothing else could have come
+            return TokenLogprob(token_id, 0.0, 1, ((token_id, 0.0),)[: row.num_logprobs])
+        token = torch.tensor([token_id], device=logits.device)
+        own = logits[row.logits_row : row.logits_row + 1]
+        return token_logprobs(own, token, [row.num_logprobs])[0]
 
     def _wants_raw_logprobs(self, rows: Sequence[Row]) -> bool:
         return self._logprobs_mode == "raw_logprobs" and _wants_logprobs(rows)
@@ -76,6 +92,21 @@ def mask_vocabulary(logits: Tensor, rows: Sequence[Row], vocab_size: int) -> Ten
     at, ids = _flatten((number, row.banned) for number, row in enumerate(rows))
     if at:
         logits[torch.tensor(at), torch.tensor(ids)] = -torch.inf
+    return logits
+
+
+def apply_bitmask(logits: Tensor, rows: Sequence[Row], bitmask: Tensor) -> Tensor:
+    """-inf, in place, for the tokens whose bit is not set: bit t & 31 of word t >> 5 of a row's mask."""
+    at = [number for number, row in enumerate(rows) if row.mask is not None]
+    words = bitmask[[row.mask for row in rows if row.mask is not None]].to(logits.device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    is_allowed = (words.view(torch.uint8)[:, :, None] >> shifts & 1).flatten(1).bool()
+    width = min(is_allowed.shape[1], logits.shape[1])
+    if len(at) == len(logits):
+        logits[:, :width].masked_fill_(~is_allowed[:, :width], -torch.inf)
+    else:
+        for number, allowed in zip(at, is_allowed, strict=True):
+            logits[number, :width].masked_fill_(~allowed[:width], -torch.inf)
     return logits
 
 

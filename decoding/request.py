@@ -10,7 +10,10 @@ A request is token ids and parameters; the answer is a stream of events:
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from cadenza.decoding.constraints.constraint import Constraint
 
 FinishReason = Literal["stop", "length"]
 
@@ -119,6 +122,8 @@ class GenerationRequest:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    constraint: "Constraint | None" = None
+    """What the answer must satisfy, as compiled by the engine's `constraints`."""
     cache_salt: str = ""
     """Prefix-cache entries are only shared between requests of equal salt."""
     priority: int = 0
@@ -161,6 +166,10 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended the choice; None for EOS and length."""
+    num_forced_tokens: int = 0
+    """Of `token_ids`: how many the constraint left no alternative to, and the model was not asked for."""
+    closed_early: bool | None = None
+    """With `finish_reason`, under a constraint: whether the budget of tokens decided how the text ends."""
 
 
 Event = PromptDone | Delta

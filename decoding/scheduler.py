@@ -88,7 +88,8 @@ class Scheduler:
                 step.spans.append(Span(branch, branch.num_computed, branch.num_tokens))
                 budget -= 1
         for branch in [branch for branch in self.running if not branch.is_decoding]:
-            budget -= self._schedule_chunk(branch, budget, step)
+            if branch in self.running:
+                budget -= self._schedule_chunk(branch, budget, step)
         while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
             branch = self.waiting[0]
             if not self._admit(branch):
@@ -112,6 +113,8 @@ class Scheduler:
         if end < branch.num_prompt_tokens:
             end -= end % TILE
         if end <= branch.num_computed:
+            return 0
+        if branch.num_generated and not self._make_room(branch, end, step):  # a run of forced tokens
             return 0
         step.spans.append(Span(branch, branch.num_computed, end))
         return end - branch.num_computed

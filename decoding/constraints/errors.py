@@ -10,7 +10,11 @@ class ConstraintError(ValueError):
 
     def __init__(self, message: str, where: str | None = None) -> None:
         super().__init__(message if where is None else f"{message} (at {where})")
+        self.message = message
         self.where = where
+
+    def __reduce__(self) -> "tuple[type[ConstraintError], tuple[str, str | None]]":
+        return type(self), (self.message, self.where)  # it crosses from the process that compiles
 
 
 class ConstraintTooComplex(ConstraintError):

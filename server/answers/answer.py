@@ -79,6 +79,12 @@ class Answer(ABC):
         """Add what one chunk says of a choice to what is known of it."""
 
 
+def ending(event: Delta) -> dict[str, Any]:
+    """How a choice ended, in its last chunk."""
+    members: dict[str, Any] = {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
+    return members if event.closed_early is None else {**members, "closed_early": event.closed_early}
+
+
 def append_to(choice: dict[str, Any], name: str, news: dict[str, Any]) -> None:
     """Join a list that chunks bring in pieces."""
     if name in news:

@@ -5,7 +5,7 @@ from typing import Any
 
 from cadenza.decoding.request import Delta, PromptDone
 from cadenza.models.tokenizer import Tokenizer
-from cadenza.server.answers.answer import Answer, Chunk, append_to
+from cadenza.server.answers.answer import Answer, Chunk, append_to, ending
 from cadenza.server.answers.logprobs import chat_logprobs, prompt_logprobs
 from cadenza.server.protocol.chat import ChatRequest
 
@@ -53,8 +53,7 @@ class ChatAnswer(Answer):
         if event.text or news.get("token_ids") or "logprobs" in news:
             yield self._chunk(_choice(event.index, {"content": event.text}, **news))
         if event.finish_reason is not None:
-            last = _choice(event.index, {}, finish_reason=event.finish_reason, stop_reason=event.stop_reason)
-            yield self._chunk(last)
+            yield self._chunk(_choice(event.index, {}, **ending(event)))
 
     def _fold_choice(self, choice: dict[str, Any], news: dict[str, Any]) -> None:
         message = choice.setdefault("message", {"role": "assistant", "content": "", "refusal": None})
@@ -65,8 +64,9 @@ class ChatAnswer(Answer):
             choice["logprobs"]["content"] += news["logprobs"]["content"]
         append_to(choice, "token_ids", news)
         choice["finish_reason"] = news["finish_reason"]
-        if "stop_reason" in news:
-            choice["stop_reason"] = news["stop_reason"]
+        for name in ("stop_reason", "closed_early"):
+            if name in news:
+                choice[name] = news[name]
 
 
 def _choice(index: int, delta: dict[str, Any], **members: Any) -> dict[str, Any]:

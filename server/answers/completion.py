@@ -5,7 +5,7 @@ from typing import Any
 
 from cadenza.decoding.request import Delta, PromptDone
 from cadenza.models.tokenizer import Tokenizer
-from cadenza.server.answers.answer import Answer, Chunk, append_to
+from cadenza.server.answers.answer import Answer, Chunk, append_to, ending
 from cadenza.server.answers.logprobs import CompletionLogprobs, prompt_logprobs
 from cadenza.server.prompts import Prompt
 from cadenza.server.protocol.completion import CompletionRequest
@@ -60,7 +60,7 @@ class CompletionAnswer(Answer):
         if self._body.logprobs is not None and event.logprobs:
             news["logprobs"] = self._writer(index, self._body.logprobs).completion(event.logprobs)
         if event.finish_reason is not None:
-            news.update(finish_reason=event.finish_reason, stop_reason=event.stop_reason)
+            news.update(ending(event))
         if event.text or event.finish_reason is not None or news.get("token_ids") or "logprobs" in news:
             yield self._chunk(_choice(index, event.text, **news))
 
@@ -81,7 +81,7 @@ class CompletionAnswer(Answer):
             choice["logprobs"][name] += values
         append_to(choice, "token_ids", news)
         choice["finish_reason"] = news["finish_reason"]
-        for name in ("stop_reason", "prompt_token_ids", "prompt_logprobs"):
+        for name in ("stop_reason", "closed_early", "prompt_token_ids", "prompt_logprobs"):
             if name in news:
                 choice[name] = news[name]
 

@@ -11,6 +11,7 @@ class Usage:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    forced_tokens: int = 0
 
     def count(self, event: Event) -> None:
         match event:
@@ -19,6 +20,7 @@ class Usage:
                 self.cached_tokens += event.num_cached_tokens
             case Delta():
                 self.completion_tokens += len(event.token_ids)
+                self.forced_tokens += event.num_forced_tokens
 
     def wire(self) -> dict[str, Any]:
         return {
@@ -31,5 +33,6 @@ class Usage:
                 "audio_tokens": 0,
                 "accepted_prediction_tokens": 0,
                 "rejected_prediction_tokens": 0,
+                "forced_tokens": self.forced_tokens,
             },
         }

@@ -1,11 +1,14 @@
 """/v1/chat/completions and /v1/completions: body, prompts, sampling parameters, generation, answer."""
 
+import asyncio
 import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
+from cadenza.decoding.constraints.errors import ConstraintError
+from cadenza.decoding.constraints.spec import ConstraintSpec
 from cadenza.decoding.request import GenerationRequest, RequestError
 from cadenza.server.answers.chat import ChatAnswer
 from cadenza.server.answers.completion import CompletionAnswer
@@ -20,6 +23,7 @@ from cadenza.server.routes.context import Context, InContext
 
 if TYPE_CHECKING:
     from cadenza.decoding import Engine
+    from cadenza.decoding.constraints.constraint import Constraint
 
 router = APIRouter()
 
@@ -34,7 +38,7 @@ async def chat_completions(request: Request, context: InContext) -> Response:
     check_alternatives(body.prompt_logprobs, "prompt_logprobs", limit)
     token_ids = await chat_prompt(engine.model.tokenizer, body)
     token_ids = truncated(token_ids, body, body.new_tokens, engine.max_model_len)
-    generation = _submit(
+    generation = await _submit(
         context,
         engine,
         body,
@@ -59,7 +63,7 @@ async def completions(request: Request, context: InContext) -> Response:
     prompts = await completion_prompts(engine.model.tokenizer, body, engine.max_model_len)
     if len(prompts) > engine.config.max_queue:
         raise RequestError(f"prompt must hold at most {engine.config.max_queue} prompts.", "prompt")
-    generation = _submit(
+    generation = await _submit(
         context,
         engine,
         body,
@@ -73,7 +77,7 @@ async def completions(request: Request, context: InContext) -> Response:
     return await respond(request, generation, answer, stream=body.stream, usage_chunks=body.includes_usage)
 
 
-def _submit(
+async def _submit(
     context: Context,
     engine: "Engine",
     body: SamplingFields,
@@ -83,6 +87,7 @@ def _submit(
     prompt_logprobs: int | None,
 ) -> Generation:
     """One engine request per prompt; an error names the field as the client did."""
+    constraint = await _compiled(engine, body.constraint_spec)
     with wire_names(body.renamed):
         sampling = sampling_params(
             body,
@@ -95,9 +100,21 @@ def _submit(
                 request_id=uuid.uuid4().hex,
                 prompt_token_ids=token_ids,
                 sampling=sampling,
+                constraint=constraint,
                 cache_salt=body.cache_salt,
                 priority=body.priority,
             )
             for token_ids in prompts
         ]
         return Generation(engine, requests, context.metrics)
+
+
+async def _compiled(engine: "Engine", spec: ConstraintSpec | None) -> "Constraint | None":
+    """The request's constraint, ready for use. Other requests go on while it is compiled."""
+    if spec is None:
+        return None
+    try:
+        # shielded: who hangs up must not cancel what others with the same constraint wait for
+        return await asyncio.shield(asyncio.wrap_future(engine.constraints.compile(spec)))
+    except ConstraintError as error:
+        raise RequestError(f"{spec.param}: {error}", spec.param, "invalid_constraint") from None
