@@ -7,9 +7,10 @@ priorities, no longest match. Ignored text may stand before, between and after t
 from dataclasses import dataclass
 
 from cadenza.decoding.constraints.automata.expression import EPSILON, Concat, Expression, concat
-from cadenza.decoding.constraints.errors import ConstraintError
+from cadenza.decoding.constraints.errors import ConstraintError, ConstraintTooComplex
 from cadenza.decoding.constraints.grammar.grammar import Grammar
 from cadenza.decoding.constraints.limits import Effort
+from cadenza.decoding.constraints.schema import SchemaOptions, schema_grammar
 from cadenza.decoding.constraints.syntax.lark_reader import LarkGrammar, read_lark
 from cadenza.decoding.constraints.syntax.lark_templates import without_templates
 from cadenza.decoding.constraints.syntax.lark_terminals import terminal_expressions
@@ -38,12 +39,19 @@ def lark_grammar(text: str, effort: Effort) -> Grammar:
     spacing = _Spacing(terminals, ignored, grammar, effort)
     rules = {name: spacing.body(body) for name, body in without_templates(grammar, effort).items()}
     rules[_WHOLE] = ((ignored, Reference(_START, 0)),)
-    if grammar.schemas:
-        from cadenza.decoding.constraints.schema import SchemaOptions, schema_grammar
-    schemas = {
-        name: schema_grammar(schema, SchemaOptions(), effort) for name, (schema, _) in grammar.schemas.items()
-    }
-    return to_grammar(rules, _WHOLE, effort, schemas)
+    return to_grammar(rules, _WHOLE, effort, _schema_grammars(grammar, effort))
+
+
+def _schema_grammars(grammar: LarkGrammar, effort: Effort) -> dict[str, Grammar]:
+    grammars: dict[str, Grammar] = {}
+    for name, (schema, position) in grammar.schemas.items():
+        try:
+            grammars[name] = schema_grammar(schema, SchemaOptions(), effort)
+        except ConstraintTooComplex:
+            raise
+        except ConstraintError as error:
+            raise grammar.source.error(f"in the JSON schema: {error}", position) from None
+    return grammars
 
 
 def _check_names(grammar: LarkGrammar, effort: Effort) -> None:
