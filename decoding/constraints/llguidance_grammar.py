@@ -5,6 +5,7 @@ are cut into lexemes with which it cannot (see `llguidance_pieces`), until no co
 worst every lexeme is one character.
 """
 
+from cadenza.decoding.constraints.errors import ConstraintTooComplex
 from cadenza.decoding.constraints.grammar.grammar import Grammar
 from cadenza.decoding.constraints.limits import Effort
 from cadenza.decoding.constraints.llguidance_conflicts import cuts
@@ -14,6 +15,8 @@ from cadenza.decoding.constraints.llguidance_symbols import Code, Symbols, prune
 
 _OPTIONS = '%llguidance {"no_forcing": true}'
 """Otherwise, where only one text may follow, only its canonical tokenization would be allowed."""
+_MAX_LINES = 20_000
+"""Rules and terminals of the printed grammar: what llguidance reads in about a second."""
 
 
 def to_llguidance(grammar: Grammar, effort: Effort) -> str:
@@ -47,4 +50,6 @@ def _printed(symbols: Symbols) -> str:
             for sequence in alternatives
         )
         rules.append(f"r{number}: {body}")
+    if len(rules) + len(printer.lines) > _MAX_LINES:
+        raise ConstraintTooComplex(f"the constraint needs more than {_MAX_LINES} rules and terminals")
     return "\n".join([_OPTIONS, "start: r0", *rules, *printer.lines, ""])

@@ -4,18 +4,25 @@ Knows neither budgets nor completions. Each matcher is made from the grammar's t
 lexer, and with it the fuel that bounds the lexer's work.
 """
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
-from cadenza.decoding.constraints.errors import ConstraintError, ConstraintTooComplex, MatcherError
+from cadenza.decoding.constraints.errors import ConstraintTooComplex, MatcherError
 from cadenza.decoding.constraints.vocabulary import Vocabulary
 
 _NO_TEXT = 0xFF
 """A byte that no text holds; to llguidance, the first one of a special token's name."""
+_MAX_ORDINARY_LINES = 200
+"""Of a grammar that is read on the caller's stack; a level takes three kilobytes, a line is a level at most."""
+_STACK_BASE, _STACK_PER_LINE, _MAX_STACK = 1 << 20, 8 << 10, 1 << 30
+_BUILDING = threading.Lock()
 _REFUEL_EVERY = 16
 """Tokens that may be consumed before a mask is computed, which is when the lexer gets new fuel."""
 
@@ -62,14 +69,36 @@ class MaskTables:
 
 
 def check_llguidance(text: str) -> None:
-    """Raises ConstraintError if llguidance does not take the grammar, ConstraintTooComplex if it is too large."""
-    message = LLMatcher.validate_grammar(text, None, limits=_limits())
-    if not message or message.startswith("WARNING"):
-        return
-    line = message.strip().splitlines()[0]
-    if any(word in line for word in ("too many", "too large", "too big", "limit", "fuel")):
-        raise ConstraintTooComplex(f"the constraint is too large for llguidance: {line}")
-    raise ConstraintError(f"llguidance does not take the constraint's grammar: {line}")
+    """Raises ConstraintTooComplex if llguidance does not take the grammar, or cannot begin a text of it."""
+    matcher = _built(text, _byte_tokenizer())
+    matcher.compute_bitmask()
+    if matcher.is_error():
+        raise ConstraintTooComplex(
+            f"the constraint is too large for llguidance: {_first_line(matcher.get_error())}"
+        )
+
+
+@cache
+def _byte_tokenizer() -> LLTokenizer:
+    return LLTokenizer("byte")
+
+
+def _built(text: str, tokenizer: LLTokenizer) -> LLMatcher:
+    """llguidance reads rules within rules recursively and would overrun an ordinary stack, which ends the process."""
+    num_lines = text.count("\n")
+    if num_lines <= _MAX_ORDINARY_LINES:
+        return LLMatcher(tokenizer, text, log_level=0, limits=_limits())
+    with _BUILDING:
+        usual = threading.stack_size(min(_STACK_BASE + num_lines * _STACK_PER_LINE, _MAX_STACK))
+        try:
+            pool = ThreadPoolExecutor(1, "cadenza-llguidance")
+            future = pool.submit(LLMatcher, tokenizer, text, log_level=0, limits=_limits())
+        finally:
+            threading.stack_size(usual)
+    try:
+        return future.result()
+    finally:
+        pool.shutdown()
 
 
 @dataclass(slots=True)
@@ -84,7 +113,7 @@ class MaskMatcher:
     @classmethod
     def build(cls, text: str, tables: MaskTables) -> "MaskMatcher":
         """text: a grammar that `check_llguidance` takes."""
-        matcher = cls(text, tables, LLMatcher(tables.tokenizer, text, log_level=0, limits=_limits()))
+        matcher = cls(text, tables, _built(text, tables.tokenizer))
         matcher._check()
         return matcher
 
