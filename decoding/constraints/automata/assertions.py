@@ -7,10 +7,11 @@ pattern as one sequence; inside of an unbounded repetition there is no such sequ
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from cadenza.decoding.constraints.automata.expression import (
+    ANY_TEXT,
     EPSILON,
     Alternation,
     And,
@@ -67,14 +68,29 @@ class Behind:
     position: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Sequence:
+@dataclass(slots=True, eq=False)
+class _Compound:
     nodes: tuple["Node", ...]
+    num_assertions: int = field(init=False)
+    is_zero_width: bool = field(init=False)
+    looks_back: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_assertions = sum(map(num_assertions, self.nodes))
+        self.is_zero_width = all(map(is_zero_width, self.nodes))
+        self.looks_back = any(map(looks_back, self.nodes))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Choice:
-    nodes: tuple["Node", ...]
+class Sequence(_Compound):
+    """One after the other."""
+
+    __slots__ = ()
+
+
+class Choice(_Compound):
+    """Any one of them."""
+
+    __slots__ = ()
 
 
 Assertion: TypeAlias = Follows | AtEnd | Preceded | Boundary | Behind
@@ -97,26 +113,61 @@ def is_plain(node: Node) -> bool:
 
 
 def is_zero_width(node: Node) -> bool:
-    if isinstance(node, Sequence | Choice):
-        return all(is_zero_width(part) for part in node.nodes)
-    return node is EPSILON or not is_plain(node)
+    """Whether it can only match the empty text. Of plain expressions, only the one that says so is seen to."""
+    return node.is_zero_width if isinstance(node, _Compound) else node is EPSILON or not is_plain(node)
+
+
+def num_assertions(node: Node) -> int:
+    if isinstance(node, Follows):
+        return 1 + num_assertions(node.node)
+    return node.num_assertions if isinstance(node, _Compound) else int(not is_plain(node))
+
+
+def looks_back(node: Node) -> bool:
+    """Whether what it matches depends on what came before."""
+    if isinstance(node, Follows):
+        return looks_back(node.node)
+    return node.looks_back if isinstance(node, _Compound) else isinstance(node, Preceded | Boundary | Behind)
 
 
 def sequence(nodes: Iterable[Node]) -> Node:
     """Nested sequences laid flat, neighbouring literals joined; an expression if all of the nodes are."""
     flat: list[Node] = []
+    letters: list[str] = []
     for node in nodes:
-        for part in _elements(node):
-            if isinstance(part, Literal) and flat and isinstance(flat[-1], Literal):
-                flat[-1] = Literal(flat[-1].text + part.text)
-            else:
-                flat.append(part)
-    flat = [node for node in flat if node != EPSILON]
+        for part in elements(node):
+            if isinstance(part, Literal):
+                letters.append(part.text)
+                continue
+            _append_text(flat, letters)
+            _append(flat, part)
+    _append_text(flat, letters)
     if len(flat) == 1:
         return flat[0]
     if all(map(is_plain, flat)):
         return Concat(tuple(flat)) if flat else EPSILON  # type: ignore[arg-type]
     return Sequence(tuple(flat))
+
+
+def _append_text(flat: list[Node], letters: list[str]) -> None:
+    if text := "".join(letters):
+        flat.append(Literal(text))
+    letters.clear()
+
+
+def _append(flat: list[Node], part: Node) -> None:
+    """Beside any text, of a repetition only the least number matters."""
+    if part == ANY_TEXT:
+        while flat and isinstance(last := flat[-1], Repeat):
+            if last.min > 0:
+                flat[-1] = Repeat(last.body, last.min, last.min)
+                break
+            flat.pop()
+    elif flat and flat[-1] == ANY_TEXT and isinstance(part, Repeat):
+        if part.min == 0:
+            return
+        part = Repeat(part.body, part.min, part.min)
+    flat.append(part)
 
 
 def choice(nodes: list[Node]) -> Node:
@@ -127,7 +178,8 @@ def choice(nodes: list[Node]) -> Node:
     return Choice(tuple(nodes))
 
 
-def _elements(node: Node) -> tuple[Node, ...]:
+def elements(node: Node) -> tuple[Node, ...]:
+    """What it is a sequence of."""
     if isinstance(node, Sequence):
         return node.nodes
     return node.parts if isinstance(node, Concat) else (node,)

@@ -39,7 +39,8 @@ def to_dfa(expression: Expression, effort: Effort) -> DFA:
     """The minimal automaton of the expression's language, without states if that is empty."""
     char_sets: set[CharSet] = set()
     characters: set[str] = set()
-    for part in _walk(expression, effort):
+    shared: set[int] = set()
+    for part in _walk(expression, shared, effort):
         if isinstance(part, CharSet):
             char_sets.add(part)
         elif isinstance(part, Literal):
@@ -47,18 +48,19 @@ def to_dfa(expression: Expression, effort: Effort) -> DFA:
     if any("\ud800" <= character <= "\udfff" for character in characters):
         raise ConstraintError("a surrogate is not a character that text can contain")
     classes = CharClasses(char_sets, characters, effort)
-    dfa = _Builder(classes, effort).dfa(expression)
+    dfa = _Builder(classes, shared, effort).dfa(expression)
     effort.check_states(len(dfa.rows))
     return to_bytes(dfa, classes, effort)
 
 
-def _walk(expression: Expression, effort: Effort) -> Iterator[Expression]:
-    """Every part once."""
+def _walk(expression: Expression, shared: set[int], effort: Effort) -> Iterator[Expression]:
+    """Every part once; collects those that are met again."""
     pending = [expression]
     seen: set[int] = set()
     while pending:
         part = pending.pop()
         if id(part) in seen:
+            shared.add(id(part))
             continue
         seen.add(id(part))
         effort.spend()
@@ -79,8 +81,9 @@ def _operands(expression: Expression) -> tuple[Expression, ...]:
 class _Builder:
     """Automata of the parts of one expression, each part compiled once."""
 
-    def __init__(self, classes: CharClasses, effort: Effort) -> None:
+    def __init__(self, classes: CharClasses, shared: set[int], effort: Effort) -> None:
         self._classes = classes
+        self._shared = shared
         self._effort = effort
         self._known: dict[int, CharDFA] = {}
         self._depth = 0
@@ -106,8 +109,17 @@ class _Builder:
         nfa = NFA(self._effort)
         start, end = nfa.state(), nfa.state()
         pending = [(expression, start, end)]
+        known: dict[tuple[int, int], int] = {}
         while pending:
-            pending.extend(self._connect(nfa, *pending.pop()))
+            part, before, after = pending.pop()
+            if id(part) in self._shared and isinstance(part, Concat | Alternation):
+                if (id(part), after) in known:
+                    nfa.skip(before, known[id(part), after])
+                    continue
+                known[id(part), after] = own = nfa.state()
+                nfa.skip(before, own)
+                before = own
+            pending.extend(self._connect(nfa, part, before, after))
         return determinize(nfa, start, end)
 
     def _connect(

@@ -5,7 +5,11 @@ An intermediate form: rows are sparse, so neither large alphabets nor long chain
 
 from dataclasses import dataclass
 
+from cadenza.decoding.constraints.errors import ConstraintTooComplex
 from cadenza.decoding.constraints.limits import Effort
+
+_MAX_EDGES = 1_000_000
+"""Of one automaton, between classes of characters: 40 MB."""
 
 
 @dataclass(slots=True)
@@ -21,6 +25,7 @@ def complement(dfa: CharDFA, num_classes: int, effort: Effort) -> CharDFA:
     """All texts that `dfa` does not accept. Minimal, if `dfa` was, but for states that accept nothing."""
     sink = len(dfa.rows)
     everything = dict.fromkeys(range(num_classes), sink)
+    check_edges((len(dfa.rows) + 1) * num_classes)
     rows = []
     for row in dfa.rows:
         effort.spend(1 + num_classes // 16)
@@ -36,6 +41,7 @@ def intersection(parts: list[CharDFA], effort: Effort) -> CharDFA:
     ids = {start: 0}
     order = [start]
     rows: list[dict[int, int]] = []
+    num_edges = 0
     for states in order:
         part_rows = [part.rows[state] for part, state in zip(parts, states, strict=True)]
         row: dict[int, int] = {}
@@ -52,6 +58,8 @@ def intersection(parts: list[CharDFA], effort: Effort) -> CharDFA:
                     order.append(key)
                 row[number] = ids[key]
         rows.append(row)
+        num_edges += len(row)
+        check_edges(num_edges)
         effort.spend(1 + len(part_rows[0]) // 4)
         check_unfinished(len(order), effort)
     accepting = [all(p.accepting[s] for p, s in zip(parts, states, strict=True)) for states in order]
@@ -62,3 +70,8 @@ def check_unfinished(num_states: int, effort: Effort) -> None:
     """An automaton in the making may have ten times as many states as a finished one."""
     if num_states > 10 * effort.limits.max_states:
         effort.check_states(num_states)
+
+
+def check_edges(num_edges: int) -> None:
+    if num_edges > _MAX_EDGES:
+        raise ConstraintTooComplex(f"the constraint needs more than {_MAX_EDGES} automaton transitions")

@@ -8,7 +8,7 @@ as such, from whoever calls.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from cadenza.decoding.constraints.automata.char_dfa import CharDFA, check_unfinished
+from cadenza.decoding.constraints.automata.char_dfa import CharDFA, check_edges, check_unfinished
 from cadenza.decoding.constraints.limits import Effort
 
 _MAX_SUBSET_ELEMENTS = 4_000_000
@@ -57,18 +57,35 @@ class NFA:
             self.skip(start, states[0])
 
     def words(self, words: Iterable[Iterable[int]], start: int, end: int) -> None:
-        """Any one of the words (of classes), as a trie: deterministic however many there are."""
-        children: dict[int, dict[int, int]] = {start: {}}
+        """Any one of the words (of classes), with shared beginnings and endings: deterministic and minimal."""
+        children: list[dict[int, int]] = [{}]
+        ends: list[bool] = [False]
         for word in words:
-            state = start
+            node = 0
             for number in word:
-                below = children.setdefault(state, {})
-                following = below.get(number)
+                following = children[node].get(number)
                 if following is None:
-                    following = below[number] = self.state()
-                    self.edges[state].append(((number,), following))
-                state = following
-            self.skip(state, end)
+                    following = children[node][number] = len(children)
+                    children.append({})
+                    ends.append(False)
+                    self.effort.spend()
+                node = following
+            ends[node] = True
+            check_unfinished(len(children), self.effort)
+        if ends[0]:
+            self.skip(start, end)
+        states: dict[tuple[bool, tuple[tuple[int, int], ...]], int] = {(True, ()): end}
+        state_of = [start] * len(children)
+        for node in range(len(children) - 1, 0, -1):  # children come after their parents
+            edges = tuple([(number, state_of[child]) for number, child in children[node].items()])
+            key = (ends[node], edges)
+            if key not in states:
+                states[key] = self.state()
+                self.edges[states[key]] = [((number,), target) for number, target in sorted(edges)]
+                if ends[node]:
+                    self.skip(states[key], end)
+            state_of[node] = states[key]
+        self.edges[start] += [((number,), state_of[child]) for number, child in children[0].items()]
 
 
 def determinize(nfa: NFA, start: int, end: int) -> CharDFA:
@@ -76,8 +93,11 @@ def determinize(nfa: NFA, start: int, end: int) -> CharDFA:
     construction = _Subsets(nfa, end)
     construction.id_of((start,))
     rows = []
+    num_edges = 0
     for subset in construction.order:
         rows.append(construction.row(subset))
+        num_edges += len(rows[-1])
+        check_edges(num_edges)
         nfa.effort.spend(1 + len(subset) // 4)
     return CharDFA(rows, [end in subset for subset in construction.order])
 

@@ -23,6 +23,7 @@ from cadenza.decoding.constraints.automata.assertions import (
     choice,
     is_plain,
     is_zero_width,
+    num_assertions,
     sequence,
 )
 from cadenza.decoding.constraints.automata.expression import (
@@ -62,6 +63,8 @@ _REFUSED_GROUPS = (
     ("?>", "an atomic group"), ("?|", "a branch reset"), ("?P=", "a backreference"), ("?P>", "recursion"),
     ("?&", "recursion"), ("?R", "recursion"), ("?(", "a conditional"), ("?P&", "recursion"), ("*", "a control verb"),
 )  # fmt: skip
+_ORDINARY = re.compile(r"[^\\\[\](){}|.*+?^$#\s\ud800-\udfff]+(?![*+?{])")
+"""Characters that stand for themselves, less one that a quantifier follows."""
 _NAME = re.compile(r"\?P?<[^\W\d]\w*>")
 _INLINE_FLAGS = re.compile(r"\?([a-zA-Z]*)(?:-([a-zA-Z]+))?([:)])")
 
@@ -124,6 +127,11 @@ class _Parser:
 
     def _step(self, group: _Group) -> None:
         source, start = self._source, self._source.at
+        ordinary = None if group.flags.ignore_case else source.match(_ORDINARY)
+        if ordinary:
+            source.effort.spend(1 + len(ordinary[0]) // 64)
+            group.add(Literal(ordinary[0]))
+            return
         character = source.next()
         if group.flags.verbose and character in _VERBOSE_SPACE:
             return
@@ -156,10 +164,13 @@ class _Parser:
         return CharSet(()) if "\ud800" <= character <= "\udfff" else Literal(character)
 
     def _assertion(self, group: _Group, node: Node, repeatable: bool = False) -> None:
-        self._num_assertions += 1
+        self._count_assertions(1)
+        group.add(node, repeatable)
+
+    def _count_assertions(self, number: int) -> None:
+        self._num_assertions += number
         if self._num_assertions > _MAX_ASSERTIONS:
             raise ConstraintTooComplex(f"the pattern has more than {_MAX_ASSERTIONS} anchors and lookarounds")
-        group.add(node, repeatable)
 
     def _special(self, group: _Group, character: str) -> None:
         flags = group.flags
@@ -220,6 +231,7 @@ class _Parser:
             return node if low else EPSILON
         if high is None or high > _MAX_COPIES:
             raise self._source.refused("an assertion inside a repetition", start)
+        self._count_assertions((high - 1) * num_assertions(node))
         tail: Node = EPSILON
         for _ in range(high - low):
             tail = choice([sequence([node, tail]), EPSILON])
