@@ -12,16 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cadenza.decoding.constraints.automata.dfa import DFA
-from cadenza.decoding.constraints.errors import ConstraintError, ConstraintTooComplex
+from cadenza.decoding.constraints.errors import ConstraintError
 from cadenza.decoding.constraints.limits import Effort
 from cadenza.decoding.constraints.token_cache import MaskCache
-from cadenza.decoding.constraints.token_groups import Edges, Ints, TokenGroups
+from cadenza.decoding.constraints.token_groups import Ints, TokenGroups
 from cadenza.decoding.constraints.vocabulary import Vocabulary
-
-_MAX_PAIRS = 4_000_000
-"""Pairs of a state and one that a token leads to: what the search for distances must hold."""
-_MAX_STORED_EDGES = 1_000_000
-_COMPACT_EVERY = 2_000_000
 
 _masks = MaskCache()
 """Shared by all automata of the process, so that their number does not matter."""
@@ -32,25 +27,20 @@ class FiniteAutomaton:
     """Picklable; shared between threads. No edge leads to a state from which no tokens complete the text."""
 
     dfa: DFA
-    groups: TokenGroups
     eos_ids: tuple[int, ...]
-    distance: NDArray[np.int32]
+    distance: Ints
     """[num_states] fewest tokens to an accepting state, -1 where no tokens lead to one."""
-    farthest: NDArray[np.int32]
+    farthest: Ints
     """[num_states] the greatest distance that one token leads to, -1 where no token is possible."""
-    stored: "Stored | None"
-    """All edges, unless they are too many to keep."""
-
-    def edges(self, state: int) -> tuple[Ints, Ints]:
-        """The groups that may come next, and where each leads."""
-        if self.stored is not None:
-            return self.stored.edges(state)
-        blocks = list(self.groups.walk(self.dfa.table, np.array([state])))
-        if not blocks:
-            return np.zeros(0, np.int32), np.zeros(0, np.int32)
-        group, target = (np.concatenate([block[part] for block in blocks]) for part in (1, 2))
-        live = self.distance[target] >= 0
-        return group[live], target[live]
+    group_of_token: Ints
+    """[num_tokens] tokens of one group lead to the same states everywhere; 0 for those that are never possible."""
+    num_groups: int
+    start: Ints
+    """[num_states + 1] the edges of state s are start[s] .. start[s + 1]."""
+    group: Ints
+    """[num_edges] the tokens of an edge, rising within a state."""
+    target: Ints
+    """[num_edges] where it leads."""
 
     def next(self, state: int, token: bytes) -> int:
         """Where a token leads; -1 where it may not come."""
@@ -65,7 +55,7 @@ class FiniteAutomaton:
                 break
         return state
 
-    def mask(self, state: int, budget: int) -> NDArray[np.int32]:
+    def mask(self, state: int, budget: int) -> Ints:
         """[num_words] one bit per token: those after which the text can be completed in `budget` tokens.
 
         Those that end the answer are set where the state is accepting. Shared: not to be changed.
@@ -75,20 +65,20 @@ class FiniteAutomaton:
 
     def first_token(self, state: int, budget: int) -> int:
         """The lowest id after which the text can be completed in `budget` tokens; -1 where there is none."""
-        allowed = self._allowed(state, budget)[self.groups.of_token]
+        allowed = self._allowed(state, budget)[self.group_of_token]
         place = int(np.argmax(allowed))
         return place if allowed[place] else -1
 
-    def _mask(self, state: int, budget: int) -> NDArray[np.int32]:
+    def _mask(self, state: int, budget: int) -> Ints:
         """One mask for all states that allow the same: in `[a-z]{1,1000}` there are sixteen different ones."""
         allowed, accepting = self._allowed(state, budget), bool(self.dfa.accepting[state])
         choice = np.packbits(allowed).tobytes()
         return _masks.get((self._identity, choice, accepting), lambda: self._packed(allowed, accepting))
 
-    def _packed(self, allowed: NDArray[np.bool_], accepting: bool) -> NDArray[np.int32]:
-        num_tokens = len(self.groups.of_token)
+    def _packed(self, allowed: NDArray[np.bool_], accepting: bool) -> Ints:
+        num_tokens = len(self.group_of_token)
         bits = np.zeros((num_tokens + 31) // 32 * 32, np.bool_)
-        np.take(allowed, self.groups.of_token, out=bits[:num_tokens], mode="clip")  # every group is in range
+        np.take(allowed, self.group_of_token, out=bits[:num_tokens], mode="clip")  # every group is in range
         if accepting:
             bits[list(self.eos_ids)] = True
         mask = np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32).view(np.int32)
@@ -96,9 +86,9 @@ class FiniteAutomaton:
         return mask
 
     def _allowed(self, state: int, budget: int) -> NDArray[np.bool_]:
-        group, target = self.edges(state)
-        allowed = np.zeros(self.groups.num_nodes, np.bool_)
-        allowed[group[self.distance[target] <= budget]] = True
+        edges = slice(self.start[state], self.start[state + 1])
+        allowed = np.zeros(self.num_groups, np.bool_)
+        allowed[self.group[edges][self.distance[self.target[edges]] <= budget]] = True
         return allowed
 
     @cached_property
@@ -107,67 +97,41 @@ class FiniteAutomaton:
         return object()
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """Edges by where they start."""
-
-    start: NDArray[np.int32]
-    """[num_states + 1]."""
-    group: NDArray[np.int32]
-    target: NDArray[np.int32]
-
-    def edges(self, state: int) -> tuple[Ints, Ints]:
-        part = slice(self.start[state], self.start[state + 1])
-        return self.group[part], self.target[part]
-
-
 def compile_finite(dfa: DFA, vocabulary: Vocabulary, effort: Effort) -> FiniteAutomaton:
     """Raises ConstraintError where the vocabulary cannot spell any text of the language."""
     if dfa.is_empty:
         raise ConstraintError("no text satisfies the constraint")
     effort.check_states(dfa.num_states)
-    groups = TokenGroups.build(vocabulary.trie, dfa.byte_class, np.logical_or.reduce(dfa.table >= 0, axis=0))
-    effort.spend(groups.num_nodes)
-    origin, target, blocks = _follow(dfa, groups, effort)
-    distance = _distances(dfa.accepting, origin, target, effort.spend)
+    groups = TokenGroups.build(vocabulary.trie, dfa, effort)
+    distance = _distances(dfa.accepting, groups, effort.spend)
     if distance[0] < 0:
         raise ConstraintError("the model's tokens cannot spell any text that satisfies the constraint")
+    live = np.flatnonzero(distance[groups.target] >= 0)
+    origin = groups.origin[live].astype(np.min_scalar_type(dfa.num_states))  # small integers sort faster
+    live = live[np.argsort(origin, kind="stable")]
     farthest = np.full(dfa.num_states, -1, np.int32)
-    np.maximum.at(farthest, origin, distance[target])
-    stored = None if blocks is None else _store(blocks, distance)
-    return FiniteAutomaton(dfa, groups, vocabulary.eos_ids, distance, farthest, stored)
+    np.maximum.at(farthest, groups.origin[live], distance[groups.target[live]])
+    return FiniteAutomaton(
+        dfa=dfa,
+        eos_ids=vocabulary.eos_ids,
+        distance=distance,
+        farthest=farthest,
+        group_of_token=groups.of_token,
+        num_groups=groups.num_groups,
+        start=np.searchsorted(groups.origin[live], np.arange(dfa.num_states + 1)).astype(np.int32),
+        group=groups.group[live],
+        target=groups.target[live],
+    )
 
 
-def _follow(dfa: DFA, groups: TokenGroups, effort: Effort) -> tuple[Ints, Ints, list[Edges] | None]:
-    """Which states one token leads to which, by rising target; and all edges, if they are not too many."""
-    num_states, num_edges, num_new = dfa.num_states, 0, 0
-    blocks: list[Edges] | None = []
-    pairs: list[NDArray[np.int64]] = []
-    for origin, group, target in groups.walk(dfa.table, np.arange(num_states), effort.spend):
-        pairs.append(np.unique(target.astype(np.int64) * num_states + origin))
-        num_new += len(pairs[-1])
-        num_edges += len(origin)
-        if num_new > _COMPACT_EVERY:
-            pairs, num_new = [np.unique(np.concatenate(pairs))], 0
-            if len(pairs[0]) > _MAX_PAIRS:
-                raise ConstraintTooComplex(
-                    f"the constraint's automaton over tokens has more than {_MAX_PAIRS} transitions"
-                )
-        if blocks is not None:
-            blocks.append((origin.astype(np.int32), group.astype(np.int32), target.astype(np.int32)))
-            if num_edges > _MAX_STORED_EDGES:
-                blocks = None
-    keys = np.unique(np.concatenate(pairs)) if pairs else np.zeros(0, np.int64)
-    return keys % num_states, keys // num_states, blocks
-
-
-def _distances(
-    accepting: NDArray[np.bool_], origin: Ints, target: Ints, spend: Callable[[int], None]
-) -> NDArray[np.int32]:
-    """Breadth-first search backwards from the accepting states. The pairs are sorted by target."""
-    distance = np.full(len(accepting), -1, np.int32)
+def _distances(accepting: NDArray[np.bool_], groups: TokenGroups, spend: Callable[[int], None]) -> Ints:
+    """Breadth-first search backwards from the accepting states."""
+    num_states = len(accepting)
+    pairs = np.sort(groups.target.astype(np.int64) * num_states + groups.origin)
+    target, origin = np.divmod(pairs[np.diff(pairs, prepend=-1) > 0], num_states)
+    start = np.searchsorted(target, np.arange(num_states + 1)).tolist()
+    distance = np.full(num_states, -1, np.int32)
     distance[accepting] = 0
-    start = np.searchsorted(target, np.arange(len(accepting) + 1)).tolist()
     frontier: list[int] = np.flatnonzero(accepting).tolist()
     level = 0
     while frontier:
@@ -181,14 +145,3 @@ def _distances(
             found += before.tolist()
         frontier = found
     return distance
-
-
-def _store(blocks: list[Edges], distance: NDArray[np.int32]) -> Stored:
-    """The edges that lead somewhere, sorted by where they start."""
-    if not blocks:
-        return Stored(np.zeros(len(distance) + 1, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int32))
-    origin, group, target = (np.concatenate([block[part] for block in blocks]) for part in range(3))
-    live = np.flatnonzero(distance[target] >= 0)
-    order = live[np.argsort(origin[live], kind="stable")]
-    start = np.searchsorted(origin[order], np.arange(len(distance) + 1)).astype(np.int32)
-    return Stored(start, group[order].astype(np.int32), target[order].astype(np.int32))

@@ -76,6 +76,10 @@ class Vocabulary:
         digest.update(b"".join(self.tokens))
         return digest.hexdigest()
 
+    def prepare(self) -> None:
+        """Make the tables now, rather than when the first constraint needs them."""
+        _ = self.trie, self._lengths, self._sorted, self._longest
+
     @cached_property
     def trie(self) -> TokenTrie:
         return TokenTrie.build(self.tokens)

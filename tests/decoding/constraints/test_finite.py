@@ -3,6 +3,7 @@
 import pickle
 import random
 import re
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cadenza.decoding.constraints import token_automaton
+from cadenza.decoding.constraints import token_groups
 from cadenza.decoding.constraints.automata.build import to_dfa
 from cadenza.decoding.constraints.automata.dfa import DFA
 from cadenza.decoding.constraints.automata.expression import Alternation, Literal
@@ -363,30 +364,26 @@ def test_completions_are_shortest_from_anywhere(pattern: str) -> None:
         assert matches(pattern, text)
 
 
-def test_more_edges_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is worked out while the request runs is what would have been kept."""
-    vocabulary = shared_small()
-    for pattern in (r".{0,6}", r"(ab|ba|cab)*", r"a"):
-        dfa = dfa_of(pattern)
-        kept = compile_finite(dfa, vocabulary, Effort())
-        with monkeypatch.context() as patch:
-            patch.setattr(token_automaton, "_MAX_STORED_EDGES", -1)
-            lazy = pickle.loads(pickle.dumps(compile_finite(dfa, vocabulary, Effort())))
-        assert kept.stored is not None
-        assert lazy.stored is None
-        assert (lazy.distance == kept.distance).all()
-        for state in range(dfa.num_states):
-            for budget in (0, 1, 2, PLENTY):
-                assert (lazy.mask(state, budget) == kept.mask(state, budget)).all()
+@pytest.mark.parametrize("pattern", [r".{0,6}", r"(ab|ba|cab)*", r"\d{4}-\d{2}", r"yes|yes, sir"])
+def test_groups_are_tokens_that_lead_to_the_same_states(pattern: str) -> None:
+    vocabulary, dfa = shared_small(), dfa_of(pattern)
+    automaton, plain = compile_finite(dfa, vocabulary, Effort()), Plain(dfa, vocabulary)
+    by_function: dict[tuple[int, ...], set[int]] = {}
+    for token_id in range(vocabulary.size):
+        function = tuple(edges.get(token_id, -1) for edges in plain.edges)
+        by_function.setdefault(function, set()).add(int(automaton.group_of_token[token_id]))
+    assert all(len(groups) == 1 for groups in by_function.values())
+    assert len(by_function) == automaton.num_groups == len(set(automaton.group_of_token.tolist()))
+    assert by_function[(-1,) * dfa.num_states] == {0}
 
 
-def test_walks_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_following_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary, dfa = shared_small(), dfa_of(r"[a-z ]{1,20}|(.|\n){3}")
     whole = compile_finite(dfa, vocabulary, Effort())
-    monkeypatch.setattr("cadenza.decoding.constraints.token_groups._MAX_PAIRS", 50)
-    monkeypatch.setattr(token_automaton, "_COMPACT_EVERY", 40)
+    monkeypatch.setattr(token_groups, "_PAIRS_AT_ONCE", 70)
     pieces = compile_finite(dfa, vocabulary, Effort())
     assert (pieces.distance == whole.distance).all()
+    assert (pieces.group_of_token == whole.group_of_token).all()
     for state in range(dfa.num_states):
         assert (pieces.mask(state, 2) == whole.mask(state, 2)).all()
 
@@ -400,11 +397,15 @@ def test_limits_are_kept(pattern: str, limits: Limits, real: Vocabulary) -> None
         compile_finite(dfa_of(pattern), real, Effort(limits))
 
 
-def test_too_many_transitions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_automaton, "_MAX_PAIRS", 30)
-    monkeypatch.setattr(token_automaton, "_COMPACT_EVERY", 20)
-    with pytest.raises(ConstraintTooComplex, match="transitions"):
-        compile_finite(dfa_of(r"[a-c]{0,40}"), shared_small(), Effort())
+@pytest.mark.parametrize(("num_states", "num_classes"), [(40_000, 2), (2_000, 20), (40_000, 256), (300, 256)])
+def test_dense_automata_are_refused(num_states: int, num_classes: int, real: Vocabulary) -> None:
+    rng = np.random.default_rng(0)
+    table = rng.integers(0, num_states, (num_states, num_classes)).astype(np.int32)
+    byte_class = (np.arange(256) % num_classes).astype(np.uint8)
+    before = time.process_time()
+    with pytest.raises(ConstraintTooComplex):
+        compile_finite(DFA(byte_class, table, rng.random(num_states) < 0.01), real, Effort())
+    assert time.process_time() - before < 1.5
 
 
 def token(vocabulary: Vocabulary, text: bytes) -> int:
