@@ -13,6 +13,7 @@ Edges: TypeAlias = dict[int, CharSet]
 """By the state that they lead to."""
 
 ALL_BYTES = (1 << 256) - 1
+_DEAD = -1
 
 
 class Characters:
@@ -23,7 +24,6 @@ class Characters:
         self._effort = effort
         self._rests: dict[tuple[int, int], dict[int, Ranges]] = {}
         self._rows = dfa.table[:, dfa.byte_class].tolist()
-        self._edges: dict[int, dict[int, dict[int, Ranges]]] = {}
 
     @cached_property
     def states(self) -> list[int]:
@@ -39,20 +39,24 @@ class Characters:
 
     def edges(self, state: int, mask: int) -> Edges:
         """The ways by characters whose first byte is in the mask."""
-        if state not in self._edges:
-            self._edges[state] = {b: self._lead(state, b) for b in range(256) if self._rows[state][b] >= 0}
+        row = self._rows[state]
         found: dict[int, Ranges] = {}
-        for byte, targets in self._edges[state].items():
-            if mask >> byte & 1:
-                for target, ranges in targets.items():
+        self._effort.spend(2)
+        first, run_target = 0, _DEAD  # bytes that lead to the same state are one range
+        for byte in range(0x81):
+            target = row[byte] if byte < 0x80 and mask >> byte & 1 else _DEAD
+            if target != run_target:
+                if run_target != _DEAD:
+                    found.setdefault(run_target, []).append((first, byte - 1))
+                first, run_target = byte, target
+        for byte in range(0xC2, 0xF5):
+            if row[byte] >= 0 and mask >> byte & 1:
+                for target, ranges in self._lead(row[byte], byte).items():
                     found.setdefault(target, []).extend(ranges)
         return {target: CharSet.of(ranges) for target, ranges in found.items()}
 
-    def _lead(self, state: int, byte: int) -> dict[int, Ranges]:
+    def _lead(self, target: int, byte: int) -> dict[int, Ranges]:
         self._effort.spend()
-        target = self._rows[state][byte]
-        if byte < 0x80:
-            return {target: [(byte, byte)]}
         length = 1 if byte < 0xE0 else 2 if byte < 0xF0 else 3
         base = (byte & (0x3F >> length)) << 6 * length
         return _shifted(self._rest(target, length), base)

@@ -12,49 +12,38 @@ Literals are walked as one tree, other terminals as one table of all their autom
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cadenza.decoding.constraints.errors import ConstraintTooComplex
+from cadenza.decoding.constraints.limits import Effort
+from cadenza.decoding.constraints.llguidance_automata import Automata, Ints, byte_mask
 from cadenza.decoding.constraints.llguidance_context import context
-from cadenza.decoding.constraints.llguidance_symbols import Symbols, byte_mask, mask_bytes
+from cadenza.decoding.constraints.llguidance_expected import Expected
+from cadenza.decoding.constraints.llguidance_symbols import Symbols
 
-Ints = NDArray[np.int64]
+Texts: TypeAlias = list[tuple[bytes, int]]
+"""Literals with their terminals, sorted."""
+
 _MAX_PAIRS = 1_000_000
 _CHUNK = 1 << 14
 
 
-@dataclass(slots=True)
-class Findings:
-    """Terminals by their code; places are states of an automaton, or offsets in a literal."""
-
-    conflicts: dict[tuple[int, int], dict[int, int]] = field(default_factory=dict)
-    """(T, T'): by place in T' the mask of bytes b."""
-    together: set[tuple[int, int]] = field(default_factory=set)
-    """Terminals that some same text matches."""
-
-    def conflict(self, ended: int, longer: int, place: int, mask: int) -> None:
-        places = self.conflicts.setdefault((ended, longer), {})
-        places[place] = places.get(place, 0) | mask
-
-
 def cuts(symbols: Symbols) -> dict[int, dict[int, int]]:
     """By terminal that is to be cut: by place, the mask of the bytes before which it must not go on in one lexeme."""
-    follow = context(symbols, [terminal.first_bytes() for terminal in symbols.terminals]).follow
-    findings = Findings()
-    automata = _Automata.of(symbols, follow)
-    literals = _literals(symbols)
-    _among_literals(symbols, literals, follow, findings)
-    if automata.codes:
-        _single(automata, findings)
-        _pairs(symbols, automata, findings)
-        _with_literals(symbols, literals, follow, automata, findings)
-    if not findings.conflicts:
-        return {}
+    walk = _Walk.of(symbols)
+    expected = Expected(symbols, walk.automata.codes if walk.automata else [])
+    walk.among_literals()
+    walk.single()
+    walk.literals_and_automata()
+    expected.spread(walk.together)
+    while len(pairs := expected.new_pairs()):
+        walk.pairs(pairs)
+        expected.spread(walk.together)
     found: dict[int, dict[int, int]] = {}
-    expected = _Expected(symbols, findings)
-    for (ended, longer), places in findings.conflicts.items():
+    for (ended, longer), places in walk.conflicts.items():
         if expected.at_one_place(ended, longer):
             merged = found.setdefault(longer, {})
             for place, mask in places.items():
@@ -62,229 +51,136 @@ def cuts(symbols: Symbols) -> dict[int, dict[int, int]]:
     return found
 
 
-class _Expected:
-    """Which terminals may be expected at the same place.
+@dataclass(slots=True)
+class _Walk:
+    """Walks terminals side by side. Places are states of an automaton, or offsets in a literal."""
 
-    They are at the start, and after two terminals (or one) that match the same text and were themselves expected at
-    the same place. What else the parser knows there is disregarded, so the answer may be yes where the truth is no,
-    never the other way round.
-    """
-
-    def __init__(self, symbols: Symbols, findings: Findings) -> None:
-        leaves = context(symbols, [1 << code for code in range(len(symbols.terminals))])
-        self._follow = leaves.follow
-        self._first = [0] * len(leaves.follow)
-        """By terminal, the mask of the places where it is expected; a place has a first and a second side."""
-        self._second = [0] * len(leaves.follow)
-        self._num_places = 0
-        self._effort = symbols.effort
-        for following in {leaves.starts, *leaves.follow}:
-            self._add(following, following)
-        self._spread(findings.together)
-
-    def at_one_place(self, first: int, second: int) -> bool:
-        return bool(self._first[first] & self._second[second] or self._second[first] & self._first[second])
-
-    def _add(self, first: int, second: int) -> None:
-        place = 1 << self._num_places
-        self._num_places += 1
-        for codes, sides in ((first, self._first), (second, self._second)):
-            for code in _members(codes):
-                sides[code] |= place
-        self._effort.spend(1 + (first | second).bit_count() // 8)
-
-    def _spread(self, together: set[tuple[int, int]]) -> None:
-        waiting = together
-        while True:
-            ready = {pair for pair in waiting if self.at_one_place(*pair)}
-            if not ready:
-                return
-            waiting = waiting - ready
-            for first, second in {(self._follow[a], self._follow[b]) for a, b in ready}:
-                self._add(first, second)
-
-
-def _members(mask: int) -> list[int]:
-    data = np.frombuffer(mask.to_bytes(mask.bit_length() // 8 + 1, "little"), np.uint8)
-    members: list[int] = np.flatnonzero(np.unpackbits(data, bitorder="little")).tolist()
-    return members
-
-
-@dataclass(frozen=True, slots=True)
-class _Automata:
-    """The terminals that are not literals, as one automaton with several starts."""
-
-    codes: list[int]
-    starts: Ints
-    owner: Ints
-    """[state] index into codes."""
-    table: NDArray[np.int32]
-    """[state, class]."""
-    accepting: NDArray[np.bool_]
-    byte_class: NDArray[np.intp]
-    follow: NDArray[np.bool_]
-    """[index, class] whether some byte of the class may follow the terminal."""
-    follow_bytes: list[int]
+    effort: Effort
+    follow: list[int]
+    """By terminal, the mask of the bytes that may come after it."""
+    texts: Texts
+    automata: Automata | None
+    conflicts: dict[tuple[int, int], dict[int, int]] = field(default_factory=dict)
+    """(T, T'): by place in T' the mask of bytes b."""
+    together: set[tuple[int, int]] = field(default_factory=set)
+    """Terminals that some same text matches."""
+    seen: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    """Pairs of states."""
 
     @classmethod
-    def of(cls, symbols: Symbols, follow: list[int]) -> "_Automata":
-        codes = [code for code, terminal in enumerate(symbols.terminals) if terminal.dfa is not None]
-        dfas = [dfa for terminal in symbols.terminals if (dfa := terminal.dfa) is not None]
-        if not dfas:
-            empty = np.empty(0, np.int64)
-            none = np.empty((0, 0), np.bool_)
-            return cls([], empty, empty, none.astype(np.int32), none[0:0, 0:0].reshape(-1), empty, none, [])
-        sizes = np.array([dfa.num_states for dfa in dfas])
-        symbols.effort.check_states(int(sizes.sum()))
-        starts = np.concatenate([[0], sizes.cumsum()[:-1]])
-        classes: Ints = np.zeros(256, np.int64)
-        for dfa in dfas:
-            symbols.effort.spend(16)
-            classes = np.unique(classes * 256 + dfa.byte_class, return_inverse=True)[1].reshape(-1)
-        example = np.unique(classes, return_index=True)[1]
-        parts = []
-        for dfa, start in zip(dfas, starts, strict=True):
-            symbols.effort.spend(1 + dfa.num_states // 8)
-            part = dfa.table[:, dfa.byte_class[example]]
-            parts.append(np.where(part >= 0, part + start, -1))
-        masks = [follow[code] for code in codes]
-        follow_class = np.zeros((len(codes), len(example)), np.bool_)
-        for index, mask in enumerate(masks):
-            follow_class[index, classes[mask_bytes(mask)]] = True
-        return cls(
-            codes,
-            starts,
-            np.repeat(np.arange(len(codes)), sizes),
-            np.concatenate(parts).astype(np.int32),
-            np.concatenate([dfa.accepting for dfa in dfas]),
-            classes.astype(np.intp),
-            follow_class,
-            masks,
-        )
+    def of(cls, symbols: Symbols) -> "_Walk":
+        follow = context(symbols, [terminal.first_bytes() for terminal in symbols.terminals]).follow
+        texts = sorted((t.text, code) for code, t in enumerate(symbols.terminals) if t.dfa is None)
+        dfas = {code: t.dfa for code, t in enumerate(symbols.terminals) if t.dfa is not None}
+        automata = Automata.of(dfas, follow, symbols.effort) if dfas else None
+        return cls(symbols.effort, follow, texts, automata)
 
-    def report(self, ended: Ints, longer: Ints, findings: Findings) -> None:
-        """ended, longer: states that one text leads to. A conflict where the first is complete."""
-        complete = self.accepting[ended]
+    def _conflict(self, ended: int, longer: int, place: int, mask: int) -> None:
+        places = self.conflicts.setdefault((ended, longer), {})
+        places[place] = places.get(place, 0) | mask
+
+    def among_literals(self) -> None:
+        """Literals that are beginnings of others."""
+        beginnings: Texts = []
+        for text, code in self.texts:
+            self.effort.spend()
+            while beginnings and not text.startswith(beginnings[-1][0]):
+                beginnings.pop()
+            for shorter, other in beginnings:
+                self.effort.spend()
+                bit = 1 << text[len(shorter)]
+                if self.follow[other] & bit:
+                    self._conflict(other, code, len(shorter), bit)
+            beginnings.append((text, code))
+
+    def single(self) -> None:
+        """Terminals that can go on where they could have ended."""
+        if self.automata:
+            states = np.arange(len(self.automata.owner))
+            self._ended(self.automata, states, states)
+
+    def pairs(self, pairs: Ints) -> None:
+        """All states of two terminals that one text leads to. pairs: [n, 2] indices of automata."""
+        automata = self.automata
+        assert automata is not None
+        width = np.int64(len(automata.owner))
+        fresh = automata.starts[pairs[:, 0]] * width + automata.starts[pairs[:, 1]]
+        while len(fresh):
+            self.seen = np.concatenate([self.seen, fresh])
+            if len(self.seen) > _MAX_PAIRS:
+                raise ConstraintTooComplex("the constraint has too many terminals that match alike texts")
+            reached = [
+                self._step(automata, fresh[chunk : chunk + _CHUNK]) for chunk in range(0, len(fresh), _CHUNK)
+            ]
+            fresh = np.unique(np.concatenate(reached))
+            fresh = fresh[~np.isin(fresh, self.seen)]
+
+    def _step(self, automata: Automata, pairs: Ints) -> Ints:
+        """Look at pairs of states; answers those that the next byte leads to."""
+        self.effort.spend(8 + len(pairs) // 2)
+        width = np.int64(len(automata.owner))
+        a, b = pairs // width, pairs % width
+        self._ended(automata, a, b)
+        self._ended(automata, b, a)
+        both = automata.accepting[a] & automata.accepting[b]
+        count = len(automata.codes)
+        for owners in np.unique(automata.owner[a[both]] * count + automata.owner[b[both]]).tolist():
+            self.together.add((automata.codes[owners // count], automata.codes[owners % count]))
+        to_a, to_b = automata.table[a].astype(np.int64), automata.table[b]
+        return np.unique((to_a * width + to_b)[(to_a >= 0) & (to_b >= 0)])
+
+    def _ended(self, automata: Automata, ended: Ints, longer: Ints) -> None:
+        """States that one text leads to. A conflict where the first is complete and what may follow it goes on."""
+        complete = automata.accepting[ended]
         ended, longer = ended[complete], longer[complete]
-        both = self.follow[self.owner[ended]] & (self.table[longer] >= 0)
-        for row in np.flatnonzero(both.any(axis=1)):
-            state = int(longer[row])
-            first, second = int(self.owner[ended[row]]), int(self.owner[state])
-            mask = byte_mask(both[row][self.byte_class].nonzero()[0].tolist())
-            place = state - int(self.starts[second])
-            findings.conflict(self.codes[first], self.codes[second], place, mask & self.follow_bytes[first])
+        goes_on = automata.follow[automata.owner[ended]] & (automata.table[longer] >= 0)
+        for row in np.flatnonzero(goes_on.any(axis=1)):
+            first, second = automata.owner[ended[row]], automata.owner[longer[row]]
+            mask = byte_mask(np.flatnonzero(goes_on[row][automata.byte_class]).tolist())
+            code = automata.codes[first]
+            place = int(longer[row] - automata.starts[second])
+            self._conflict(code, automata.codes[second], place, mask & self.follow[code])
+
+    def literals_and_automata(self) -> None:
+        """A tree of the literals' beginnings, level by level, with the states that each beginning leads to."""
+        automata = self.automata
+        live: list[tuple[Texts, Ints]] = [(self.texts, automata.starts)] if automata and self.texts else []
+        depth = 0
+        while live and automata:
+            following: list[tuple[Texts, Ints]] = []
+            for group, states in live:
+                if depth:
+                    self._group(automata, group, states, depth)
+                for byte, longer in _by_byte(group, depth):
+                    self.effort.spend(4 + len(states) // 16)
+                    reached = automata.table[states, automata.byte_class[byte]].astype(np.int64)
+                    if len(reached := reached[reached >= 0]):
+                        following.append((longer, reached))
+            live = following
+            depth += 1
+
+    def _group(self, automata: Automata, group: Texts, states: Ints, depth: int) -> None:
+        """group: literals that begin alike; states: where their first `depth` bytes lead."""
+        owners = [automata.codes[owner] for owner in automata.owner[states].tolist()]
+        accepting = automata.accepting[states].tolist()
+        if len(group[0][0]) == depth:
+            code, group = group[0][1], group[1:]
+            alive: NDArray[np.bool_] = automata.table[states] >= 0
+            for owner, state, row, complete in zip(owners, states.tolist(), alive, accepting, strict=True):
+                mask = self.follow[code] & byte_mask(np.flatnonzero(row[automata.byte_class]).tolist())
+                if mask:
+                    self._conflict(code, owner, state - int(automata.starts[automata.owner[state]]), mask)
+                if complete:
+                    self.together.add((code, owner))
+        for owner, complete in zip(owners, accepting, strict=True):
+            for text, code in group if complete else ():
+                self.effort.spend()
+                if self.follow[owner] >> text[depth] & 1:
+                    self._conflict(owner, code, depth, 1 << text[depth])
 
 
-def _single(automata: _Automata, findings: Findings) -> None:
-    """A terminal that goes on where it could have ended."""
-    states = np.arange(len(automata.owner))
-    automata.report(states, states, findings)
-
-
-def _pairs(symbols: Symbols, automata: _Automata, findings: Findings) -> None:
-    """All pairs of states of two terminals that one text leads to."""
-    count, width = len(automata.codes), np.int64(len(automata.owner))
-    first, second = np.triu_indices(count, 1)
-    fresh = automata.starts[first] * width + automata.starts[second]
-    seen = fresh
-    while len(fresh):
-        reached = []
-        for chunk in range(0, len(fresh), _CHUNK):
-            pairs = fresh[chunk : chunk + _CHUNK]
-            symbols.effort.spend(8 + len(pairs) // 2)
-            a, b = pairs // width, pairs % width
-            automata.report(a, b, findings)
-            automata.report(b, a, findings)
-            both = automata.accepting[a] & automata.accepting[b]
-            owners = automata.owner[a[both]] * np.int64(count) + automata.owner[b[both]]
-            for owner in np.unique(owners).tolist():
-                findings.together.add((automata.codes[owner // count], automata.codes[owner % count]))
-            following_a, following_b = automata.table[a].astype(np.int64), automata.table[b]
-            reached.append(
-                np.unique((following_a * width + following_b)[(following_a >= 0) & (following_b >= 0)])
-            )
-        fresh = np.unique(np.concatenate(reached))
-        fresh = fresh[~np.isin(fresh, seen, assume_unique=True)]
-        seen = np.concatenate([seen, fresh])
-        if len(seen) > _MAX_PAIRS:
-            raise ConstraintTooComplex("the constraint has too many terminals that match alike texts")
-
-
-def _literals(symbols: Symbols) -> list[tuple[bytes, int]]:
-    return sorted((t.text, code) for code, t in enumerate(symbols.terminals) if t.dfa is None)
-
-
-def _among_literals(
-    symbols: Symbols, literals: list[tuple[bytes, int]], follow: list[int], findings: Findings
-) -> None:
-    """Literals that are beginnings of others."""
-    beginnings: list[tuple[bytes, int]] = []
-    for text, code in literals:
-        symbols.effort.spend()
-        while beginnings and not text.startswith(beginnings[-1][0]):
-            beginnings.pop()
-        for shorter, other in beginnings:
-            symbols.effort.spend()
-            bit = 1 << text[len(shorter)]
-            if follow[other] & bit:
-                findings.conflict(other, code, len(shorter), bit)
-        beginnings.append((text, code))
-
-
-def _with_literals(
-    symbols: Symbols,
-    literals: list[tuple[bytes, int]],
-    follow: list[int],
-    automata: _Automata,
-    findings: Findings,
-) -> None:
-    """Walks all literals and all automata together, a tree of the literals' beginnings level by level."""
-    live: list[tuple[list[tuple[bytes, int]], Ints]] = [(literals, automata.starts)]
-    depth = 0
-    while live:
-        following: list[tuple[list[tuple[bytes, int]], Ints]] = []
-        for group, states in live:
-            _report_group(group, states, depth, follow, automata, findings)
-            for byte, longer in _by_byte(group, depth):
-                symbols.effort.spend(4 + len(states) // 16)
-                reached = automata.table[states, automata.byte_class[byte]].astype(np.int64)
-                reached = reached[reached >= 0]
-                if len(reached):
-                    following.append((longer, reached))
-        live = following
-        depth += 1
-
-
-def _by_byte(group: list[tuple[bytes, int]], depth: int) -> Iterator[tuple[int, list[tuple[bytes, int]]]]:
+def _by_byte(group: Texts, depth: int) -> Iterator[tuple[int, Texts]]:
     begins = [i for i, (text, _) in enumerate(group) if len(text) > depth]
-    bounds = [begins[0]] if begins else []
-    bounds += [i for i in begins[1:] if group[i][0][depth] != group[i - 1][0][depth]]
+    bounds = [i for i in begins if i == begins[0] or group[i][0][depth] != group[i - 1][0][depth]]
     for low, high in pairwise([*bounds, len(group)]):
         yield group[low][0][depth], group[low:high]
-
-
-def _report_group(
-    group: list[tuple[bytes, int]],
-    states: Ints,
-    depth: int,
-    follow: list[int],
-    automata: _Automata,
-    findings: Findings,
-) -> None:
-    """group: literals that begin alike; states: where their first `depth` bytes lead."""
-    complete = states[automata.accepting[states]]
-    ended = [code for text, code in group[:1] if len(text) == depth]
-    for code in ended:
-        for state in complete.tolist():
-            findings.together.add((code, automata.codes[automata.owner[state]]))
-        alive = automata.table[states] >= 0
-        for state, row in zip(states.tolist(), list(alive), strict=True):
-            owner = int(automata.owner[state])
-            mask = follow[code] & byte_mask(row[automata.byte_class].nonzero()[0].tolist())
-            if mask:
-                findings.conflict(code, automata.codes[owner], state - int(automata.starts[owner]), mask)
-    for state in complete.tolist():
-        owner = int(automata.owner[state])
-        for text, code in group[len(ended) :]:
-            if automata.follow_bytes[owner] >> text[depth] & 1:
-                findings.conflict(automata.codes[owner], code, depth, 1 << text[depth])

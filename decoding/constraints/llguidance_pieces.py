@@ -23,8 +23,9 @@ from cadenza.decoding.constraints.automata.expression import (
     star,
 )
 from cadenza.decoding.constraints.limits import Effort
+from cadenza.decoding.constraints.llguidance_automata import members_of, trimmed
 from cadenza.decoding.constraints.llguidance_characters import ALL_BYTES, Characters, Edges
-from cadenza.decoding.constraints.llguidance_symbols import Code, Symbols, Terminal, mask_bytes
+from cadenza.decoding.constraints.llguidance_symbols import Code, Sequence, Symbols, Terminal
 
 Exit: TypeAlias = tuple[bool, tuple[tuple[int, CharSet], ...]]
 """What may come after a piece: whether the terminal may end, and the edges into the next piece."""
@@ -41,10 +42,25 @@ def cut_terminal(symbols: Symbols, terminal: Terminal, places: dict[int, int]) -
     if terminal.dfa is None:
         return _cut_literal(symbols, terminal.text, places)
     characters = Characters(terminal.dfa, symbols.effort)
-    pieces = _Pieces(characters, places, symbols)
-    if pieces.too_many:
-        pieces = _Pieces(characters, dict.fromkeys(characters.states, ALL_BYTES), symbols)
-    return pieces.rules()
+    if len(characters.states) <= _MAX_ELIMINATED:
+        pieces = _Pieces(characters, places, symbols)
+        if pieces.are_few:
+            return pieces.rules()
+    return _cut_everywhere(symbols, characters)
+
+
+def _cut_everywhere(symbols: Symbols, characters: Characters) -> Code:
+    """Every character a lexeme: a rule for each state of the automaton."""
+    rules = {state: symbols.add_rule() for state in characters.states}
+    for state, rule in rules.items():
+        alternatives: list[Sequence] = [()] if characters.dfa.accepting[state] else []
+        for target, chars in characters.edges(state, ALL_BYTES).items():
+            symbols.effort.spend()
+            code = symbols.symbol(chars)
+            assert code is not None
+            alternatives.append((code, rules[target]))
+        symbols.rules[~rule] = alternatives
+    return rules[0]
 
 
 def _cut_literal(symbols: Symbols, text: bytes, places: Iterable[int]) -> Code:
@@ -68,10 +84,9 @@ class _Pieces:
                 self._exits.setdefault(key, []).append(state)
 
     @property
-    def too_many(self) -> bool:
-        """Whether cutting at every character is simpler."""
-        size = len(self._characters.states)
-        return size > _MAX_ELIMINATED or len(self._exits) ** 2 > 4 * size + 16
+    def are_few(self) -> bool:
+        """Fewer than the lexemes of single characters would be, more or less."""
+        return len(self._exits) ** 2 <= 4 * len(self._characters.states) + 16
 
     def rules(self) -> Code:
         after = {key: self._symbols.add_rule() for key in self._exits if key[1]}
@@ -102,7 +117,7 @@ class _Pieces:
     def _row(self, state: int, mask: int) -> NDArray[np.int32]:
         dfa = self._characters.dfa
         row: NDArray[np.int32] = dfa.table[state, dfa.byte_class]
-        row[mask_bytes(~mask & ALL_BYTES)] = -1
+        row[members_of(~mask & ALL_BYTES)] = -1
         return row
 
     def _table(self) -> NDArray[np.int32]:
@@ -110,7 +125,7 @@ class _Pieces:
         dfa = self._characters.dfa
         table: NDArray[np.int32] = dfa.table[:, dfa.byte_class]
         for state, mask in self._places.items():
-            table[state, mask_bytes(mask)] = -1
+            table[state, members_of(mask)] = -1
         return table
 
 
@@ -135,29 +150,7 @@ class _Ends:
         self._effort.spend(4 + len(self._table) // 8)
         table = np.vstack([start, self._table])
         table[table >= 0] += 1
-        return _trimmed(table, np.append(False, self._accepting))
-
-
-def _trimmed(table: NDArray[np.int32], accepting: NDArray[np.bool_]) -> DFA:
-    """Without the states that are of no use; the table is by byte."""
-    useful = accepting.copy()
-    while True:
-        more = useful | ((table >= 0) & useful[table]).any(axis=1)
-        if (more == useful).all():
-            break
-        useful = more
-    reached = np.zeros(len(table), np.bool_)
-    fresh = np.array([0])
-    while len(fresh):
-        reached[fresh] = True
-        following = np.unique(table[fresh])
-        following = following[following >= 0]
-        fresh = following[useful[following] & ~reached[following]]
-    kept = reached.nonzero()[0]
-    number = np.full(len(table) + 1, -1, np.int32)
-    number[kept] = np.arange(len(kept))
-    columns, byte_class = np.unique(number[table[kept]], axis=1, return_inverse=True)
-    return DFA(byte_class.reshape(-1).astype(np.uint8), np.ascontiguousarray(columns), accepting[kept])
+        return trimmed(table, np.append(False, self._accepting))
 
 
 def _paths(inside: dict[int, Edges], ends: set[int], effort: Effort) -> dict[int, Expression]:

@@ -29,6 +29,8 @@ from cadenza.decoding.constraints.automata.expression import (
 from cadenza.decoding.constraints.errors import ConstraintError
 from cadenza.decoding.constraints.grammar.grammar import Grammar
 from cadenza.decoding.constraints.limits import Effort
+from cadenza.decoding.constraints.llguidance_automata import byte_mask
+from cadenza.decoding.constraints.llguidance_automata import without_empty as automaton_without_empty
 
 Code: TypeAlias = int
 """A symbol: terminal t as t, rule r as ~r."""
@@ -53,7 +55,7 @@ class Terminal:
         """Bit b is set if a match can begin with byte b."""
         if self.dfa is None:
             return 1 << self.text[0]
-        return byte_mask((self.dfa.table[0] >= 0)[self.dfa.byte_class].nonzero()[0].tolist())
+        return byte_mask(np.flatnonzero((self.dfa.table[0] >= 0)[self.dfa.byte_class]).tolist())
 
 
 @dataclass(slots=True)
@@ -102,26 +104,15 @@ class Symbols:
             if any("\ud800" <= character <= "\udfff" for character in expression.text):
                 raise ConstraintError("a surrogate is not a character that text can contain")
             return self.add_terminal(Terminal(expression, None)) if expression.text else self.add_rule([()])
-        if not is_nullable(expression):
-            dfa = to_dfa(expression, self.effort)
-            return None if dfa.is_empty else self.add_terminal(Terminal(expression, dfa))
-        expression = without_empty(expression)
         dfa = to_dfa(expression, self.effort)
         if dfa.is_empty:
+            return None
+        if not dfa.accepting[0]:
+            return self.add_terminal(Terminal(expression, dfa))
+        dfa = automaton_without_empty(dfa)
+        if dfa.is_empty:
             return self.add_rule([()])
-        return self.add_rule([(), (self.add_terminal(Terminal(expression, dfa)),)])
-
-
-def byte_mask(members: Iterable[int]) -> int:
-    mask = 0
-    for member in members:
-        mask |= 1 << member
-    return mask
-
-
-def mask_bytes(mask: int) -> list[int]:
-    bits = np.unpackbits(np.frombuffer(mask.to_bytes(32, "little"), np.uint8), bitorder="little")
-    return [int(byte) for byte in bits.nonzero()[0]]
+        return self.add_rule([(), (self.add_terminal(Terminal(without_empty(expression), dfa)),)])
 
 
 def symbols_of(grammar: Grammar, effort: Effort) -> Symbols:
@@ -136,6 +127,8 @@ def symbols_of(grammar: Grammar, effort: Effort) -> Symbols:
             sequence: list[Code | None] = []
             for symbol in production:
                 if isinstance(symbol, str):
+                    if symbol not in codes:
+                        raise ConstraintError(f"the rule {symbol!r} is not defined")
                     sequence.append(codes[symbol])
                     continue
                 if id(symbol) not in objects:  # the same object is quicker known again than its equal

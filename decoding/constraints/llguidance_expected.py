@@ -1,0 +1,69 @@
+"""Which terminals a parser may expect at the same place, as far as the terminals before the place tell."""
+
+import numpy as np
+
+from cadenza.decoding.constraints.llguidance_automata import Ints, members_of
+from cadenza.decoding.constraints.llguidance_context import context
+from cadenza.decoding.constraints.llguidance_symbols import Symbols
+
+
+class Expected:
+    """Two terminals are expected at one place at the start, and after two terminals (or one) that match the same
+    text and were expected at one place themselves.
+
+    What else the parser knows is disregarded, so the answer may be yes where the truth is no, never the other way
+    round. It grows while terminals are found that match the same text.
+    """
+
+    def __init__(self, symbols: Symbols, paired: list[int]) -> None:
+        """paired: the terminals whose pairs are asked for."""
+        leaves = context(symbols, [1 << code for code in range(len(symbols.terminals))])
+        self._effort = symbols.effort
+        self._follow = leaves.follow
+        self._first = [0] * len(leaves.follow)
+        """By terminal, the mask of the places where it is expected; a place has a first and a second side."""
+        self._second = [0] * len(leaves.follow)
+        self._places: dict[tuple[int, int], None] = {}
+        self._num_read = 0
+        self._index = {code: index for index, code in enumerate(paired)}
+        self._pairs: Ints = np.empty(0, np.int64)
+        for following in {leaves.starts, *leaves.follow}:
+            self._add(following, following)
+
+    def at_one_place(self, first: int, second: int) -> bool:
+        return bool(self._first[first] & self._second[second] or self._second[first] & self._first[second])
+
+    def spread(self, together: set[tuple[int, int]]) -> None:
+        """together: terminals that some same text matches. Removes those that are expected at one place."""
+        while ready := {pair for pair in together if self.at_one_place(*pair)}:
+            self._effort.spend(len(together) // 4)
+            together -= ready
+            for first, second in ready:
+                self._add(self._follow[first], self._follow[second])
+
+    def new_pairs(self) -> Ints:
+        """[n, 2] indices of those `paired` that turned out to be expected at one place; each pair once."""
+        count = len(self._index)
+        found = [np.empty(0, np.int64)]
+        for first, second in list(self._places)[self._num_read :]:
+            a, b = self._indices(first), self._indices(second)
+            self._effort.spend(1 + len(a) * len(b) // 64)
+            low, high = np.minimum.outer(a, b), np.maximum.outer(a, b)
+            found.append((low * count + high)[low < high])
+        self._num_read = len(self._places)
+        fresh = np.setdiff1d(np.concatenate(found), self._pairs)
+        self._pairs = np.union1d(self._pairs, fresh)
+        return np.stack([fresh // count, fresh % count], axis=1) if count else np.empty((0, 2), np.int64)
+
+    def _indices(self, mask: int) -> Ints:
+        return np.array([self._index[code] for code in members_of(mask) if code in self._index], np.int64)
+
+    def _add(self, first: int, second: int) -> None:
+        if (first, second) in self._places:
+            return
+        place = 1 << len(self._places)
+        self._places[first, second] = None
+        for codes, sides in ((first, self._first), (second, self._second)):
+            for code in members_of(codes):
+                sides[code] |= place
+        self._effort.spend(1 + (first | second).bit_count() // 8)
