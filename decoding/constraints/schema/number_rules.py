@@ -5,6 +5,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from cadenza.decoding.constraints.automata.expression import And, Expression, Literal, Not, either
+from cadenza.decoding.constraints.errors import ConstraintTooComplex
 from cadenza.decoding.constraints.grammar.grammar import GrammarBuilder, Symbol
 from cadenza.decoding.constraints.limits import Effort
 from cadenza.decoding.constraints.schema import numerals
@@ -27,16 +28,10 @@ def number_symbols(
         effort.spend(4)
         if (values := listed(part, _MAX_LISTED)) is not None:
             terminals.update((Literal(numeral(value)), None) for value in values)
-        elif part.divisors or part.non_divisors:
-            symbol = multiples(part, _notations(part), builder, effort)
-            if isinstance(symbol, str):
-                rules.append(symbol)
-            elif not no_text(symbol):
-                terminals[symbol] = None
-        else:
-            expression = either(*_notations(part))
-            if not no_text(expression):
-                terminals[expression] = None
+        elif isinstance(symbol := _symbol(part, builder, effort), str):
+            rules.append(symbol)
+        elif not no_text(symbol):
+            terminals[symbol] = None
     return [either(*terminals), *rules] if terminals else rules
 
 
@@ -61,26 +56,30 @@ def numeral(value: Fraction) -> str:
     return json.dumps(float(value))
 
 
-def _notations(part: NumberPart) -> list[Expression]:
-    """Without a point, with one, with an exponent; the steps left aside."""
-    low, high = part.low, part.high
+def _symbol(part: NumberPart, builder: GrammarBuilder, effort: Effort) -> Symbol:
     if part == NumberPart():
-        return [numerals.ANY_NUMBER]
-    options: list[Expression] = []
-    if part.integral is not False:
-        options.append(numerals.integers(low, high))
-    if part.integral is None:
-        options.append(numerals.with_point(low, high))
+        return numerals.ANY_NUMBER
+    if part.divisors or part.non_divisors:
+        symbol = multiples(part, builder, effort)
+        if isinstance(symbol, str) and part.excluded:
+            raise ConstraintTooComplex("multipleOf is not supported beside excluded numbers")
+    else:
+        symbol = either(*_notations(part))
+    return _without(symbol, part.excluded) if part.excluded and not isinstance(symbol, str) else symbol
+
+
+def _notations(part: NumberPart) -> list[Expression]:
+    """Without a point, with one, with an exponent."""
+    low, high = part.low, part.high
+    if part.integral is True:
+        return [numerals.integers(low, high)]
     if part.integral is False:
-        options.append(And((numerals.with_point(low, high), numerals.fractional())))
-    if part.integral is None and not (part.excluded or part.divisors or part.non_divisors):
-        options.append(numerals.scientific(low, high))
-    if not part.excluded:
-        return options
-    return [_without(option, part.excluded) for option in options]
+        return [And((numerals.with_point(low, high), numerals.fractional()))]
+    options = [numerals.integers(low, high), numerals.with_point(low, high)]
+    return options if part.excluded else [*options, numerals.scientific(low, high)]
 
 
-def _without(numerals_: Expression, values: frozenset[Fraction]) -> Expression:
+def _without(numbers: Expression, values: frozenset[Fraction]) -> Expression:
     points = [Bound(value, True) for value in sorted(values)]
     written = [either(numerals.integers(p, p), numerals.with_point(p, p)) for p in points]
-    return And((numerals_, Not(either(*written))))
+    return And((numbers, Not(either(*written))))

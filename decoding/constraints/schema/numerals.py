@@ -54,6 +54,14 @@ _UP_TO_307 = either(
 _LARGE_EXPONENT = _exponent(_UP_TO_307)
 _FRACTION = concat(POINT, digits(1, FRACTION_DIGITS))
 _SCIENTIFIC = concat(NONZERO, optional(_FRACTION), _LARGE_EXPONENT)
+_HUNDREDTHS = either(
+    concat(optional(Literal("0")), CharSet.chars("23456789")),
+    concat(NONZERO, DIGIT),
+    concat(CharSet.chars("12"), DIGIT, DIGIT),
+    concat(Literal("30"), CharSet.chars("01234567")),
+)
+_SMALL = concat(NONZERO, optional(_FRACTION), CharSet.chars("eE"), MINUS, _HUNDREDTHS)
+"""Above zero and below one, in any rounding."""
 ANY_INTEGER = concat(optional(MINUS), _natural(INTEGER_DIGITS))
 ANY_NUMBER = concat(
     optional(MINUS),
@@ -65,12 +73,13 @@ ANY_NUMBER = concat(
 
 
 def scientific(low: Bound | None, high: Bound | None) -> Expression:
-    """Numerals with exponent where only the sign decides whether they lie in the range."""
+    """Numerals with exponent, as far as their sign decides whether they lie in the range, or that they are small."""
     options: list[Expression] = []
-    if high is None and (low is None or low.value <= 0):
-        options.append(_SCIENTIFIC)
-    if low is None and (high is None or high.value >= 0):
-        options.append(concat(MINUS, _SCIENTIFIC))
+    if low is None or low.value <= 0:
+        options.extend([_SCIENTIFIC] if high is None else [_SMALL] if high.value >= 1 else [])
+    if high is None or high.value >= 0:
+        negative = [_SCIENTIFIC] if low is None else [_SMALL] if low.value <= -1 else []
+        options.extend(concat(MINUS, option) for option in negative)
     return either(*options)
 
 
