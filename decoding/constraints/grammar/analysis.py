@@ -73,3 +73,27 @@ def reachable(rules: Sequence[Sequence[Symbols]], start: int, effort: Effort) ->
                     met.add(~symbol)
                     order.append(~symbol)
     return order
+
+
+def deriving_something(
+    rules: Sequence[Sequence[Symbols]], is_empty: Sequence[bool], effort: Effort
+) -> set[int]:
+    """The rules that derive more than the empty text. is_empty: the terminals that match no other."""
+    users: list[list[int]] = [[] for _ in rules]
+    found: dict[int, None] = {}
+    for rule, productions in enumerate(rules):
+        for symbols in productions:
+            effort.spend(1 + len(symbols) // 8)
+            for symbol in symbols:
+                if symbol < 0:
+                    users[~symbol].append(rule)
+                elif not is_empty[symbol]:
+                    found[rule] = None
+    order = list(found)
+    for rule in order:  # grows while it is walked
+        for user in users[rule]:
+            effort.spend()
+            if user not in found:
+                found[user] = None
+                order.append(user)
+    return set(found)

@@ -12,8 +12,10 @@ from cadenza.decoding.constraints.grammar.closure import Closer, Thread
 from cadenza.decoding.constraints.grammar.compiled import CompiledGrammar
 from cadenza.decoding.constraints.grammar.stack import Frame
 
-_MAX_STORED = 1_000_000
-"""Threads and frames of one text, about 100 bytes each."""
+_MAX_ITEMS = 500_000
+_MAX_ITEMS_PER_BYTE = 100
+"""Of work over the whole text: bounds what a text with very many readings costs, and what it keeps, which is about
+100 bytes per item. Bytes that lead where they led before neither cost nor count."""
 _MAX_SHARED_THREADS = 64
 """Frontiers of more threads hardly ever come again."""
 
@@ -40,16 +42,18 @@ class Chart:
         self.closer = Closer(grammar)
         self._known: dict[tuple[Thread | frozenset[Thread] | None, bool], Frontier] = {}
         self._num_threads = 0
+        self._num_steps = 0
         start = self.closer.start()
         self.start = self._frontier(start.threads, start.is_complete)
 
     @property
     def num_items(self) -> int:
-        """The work done so far; bytes that lead where they led before cost nothing."""
+        """The work done so far."""
         return self.closer.num_items + self._num_threads
 
     def step(self, frontier: Frontier, byte: int) -> Frontier | None:
         """Where the byte leads; None if it may not follow."""
+        self._account(len(frontier.threads))
         threads: list[Thread] = []
         kernel: dict[Frame, None] = {}
         for thread in frontier.threads:
@@ -135,17 +139,15 @@ class Chart:
     def _frontier(self, threads: Iterable[Thread], is_complete: bool) -> Frontier:
         distinct = tuple(dict.fromkeys(threads))
         if len(distinct) > _MAX_SHARED_THREADS:
-            return self._new(distinct, is_complete)
+            return Frontier(distinct, is_complete)
         key = (distinct[0] if len(distinct) == 1 else frozenset(distinct), is_complete)
         frontier = self._known.get(key)
         if frontier is None:
-            frontier = self._known[key] = self._new(distinct, is_complete)
+            frontier = self._known[key] = Frontier(distinct, is_complete)
         return frontier
 
-    def _new(self, threads: tuple[Thread, ...], is_complete: bool) -> Frontier:
-        self._num_threads += len(threads)
-        if self._num_threads + self.closer.stack.num_frames > _MAX_STORED:
-            raise MatcherError(
-                f"the constraint is too ambiguous: more than {_MAX_STORED} readings of the text"
-            )
-        return Frontier(threads, is_complete)
+    def _account(self, num_threads: int) -> None:
+        self._num_threads += num_threads
+        self._num_steps += 1
+        if self.num_items > _MAX_ITEMS + _MAX_ITEMS_PER_BYTE * self._num_steps:
+            raise MatcherError("the constraint is too ambiguous: the text can be read in too many ways")

@@ -32,11 +32,15 @@ class Closer:
 
     def __init__(self, grammar: CompiledGrammar) -> None:
         self._grammar = grammar
-        self._max_items = _MAX_ITEMS + 2 * len(grammar.symbol)
+        self._max_items = _MAX_ITEMS + 2 * len(grammar.symbol)  # a long list of alternatives is not ambiguous
         self._known: dict[Frame | frozenset[Frame], Closure] = {}
         self.stack = Stack(grammar.cost)
-        self.num_items = 0
+        self._num_items = 0
+
+    @property
+    def num_items(self) -> int:
         """Looked at so far, the measure of work."""
+        return self._num_items + self.stack.num_frames
 
     def start(self) -> Closure:
         end = self.stack.node(())
@@ -78,7 +82,7 @@ class Closer:
                     items[frame] = None
                     pending.append(frame)
             self._check(len(pending))
-        self.num_items += len(pending)
+        self._num_items += len(pending)
         if calls:
             threads.update(dict.fromkeys(self._begun(calls)))
         return Closure(tuple(threads), is_complete)
@@ -102,7 +106,7 @@ class Closer:
                     calls[~symbol][after, rule] = None
                 elif ~symbol != rule:
                     heirs.setdefault(rule, []).append(~symbol)
-        self.num_items += len(begun) + len(order)
+        self._num_items += len(begun) + len(order)
         self._inherit(calls, heirs)
         nodes = self.stack.nodes(dict.fromkeys(rule for _, _, rule in begun), calls)
         return [(terminal, 0, after, nodes[rule]) for terminal, after, rule in begun]
@@ -119,7 +123,7 @@ class Closer:
                     num_frames += len(calls[heir]) - before
                     self._check(num_frames)
                     pending[heir] = None
-        self.num_items += num_frames
+        self._num_items += num_frames
 
     def _check(self, num_items: int) -> None:
         if num_items > self._max_items:

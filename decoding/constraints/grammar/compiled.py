@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cadenza.decoding.constraints.errors import ConstraintError, ConstraintTooComplex
-from cadenza.decoding.constraints.grammar.analysis import Symbols, cheapest_derivations, reachable
+from cadenza.decoding.constraints.grammar.analysis import (
+    Symbols,
+    cheapest_derivations,
+    deriving_something,
+    reachable,
+)
 from cadenza.decoding.constraints.grammar.grammar import Grammar
 from cadenza.decoding.constraints.grammar.numbering import Numbering
 from cadenza.decoding.constraints.grammar.terminal import BYTE, Terminal
@@ -57,11 +62,22 @@ def compile_grammar(grammar: Grammar, effort: Effort) -> CompiledGrammar:
     ]
     kept = reachable(live, 0, effort)
     layout = _Layout(terminals, {rule: number for number, rule in enumerate(kept)}, effort)
+    layout.silent = _silent(live, terminals, effort)
     layout.rule_prices = [_affordable(cheapest.price[rule]) for rule in kept]
-    layout.position_of((~0,))
+    layout.add_start()
     heads = [[layout.position_of(symbols) for symbols in live[rule]] for rule in kept]
     best = [layout.position_of(rules[rule][cheapest.production[rule] or 0]) for rule in kept]
     return layout.finish(heads, best)
+
+
+def _silent(
+    rules: Sequence[Sequence[Symbols]], terminals: Sequence[Terminal | None], effort: Effort
+) -> set[int]:
+    """The symbols that derive the empty text and no other."""
+    is_silent = [terminal is not None and terminal.only_empty for terminal in terminals]
+    heard = deriving_something(rules, is_silent, effort)
+    silent_rules = {~rule for rule in range(len(rules)) if rule not in heard}
+    return silent_rules | {number for number, silent in enumerate(is_silent) if silent}
 
 
 def _affordable(price: int | None) -> int:
@@ -80,6 +96,8 @@ class _Layout:
     terminals: Sequence[Terminal | None]
     new_rule: dict[int, int]
     effort: Effort
+    silent: set[int] = field(default_factory=set)
+    """Symbols to leave out: one behind a recursive call would keep that from being the last of its production."""
     rule_prices: list[int] = field(default_factory=list)
     new_terminal: dict[int, int] = field(default_factory=dict)
     used: list[Terminal] = field(default_factory=list)
@@ -89,19 +107,24 @@ class _Layout:
     may_skip: list[bool] = field(default_factory=lambda: [False, False])
     _known: dict[tuple[int, int], int] = field(default_factory=dict)
 
+    def add_start(self) -> None:
+        start = self._before(END, ~0, self.rule_prices[0])
+        assert start == START
+
     def position_of(self, symbols: Symbols) -> int:
         """The position before `symbols`, which are given by their old numbers."""
         position = END
         for symbol in reversed(symbols):
             self.effort.spend()
+            if symbol in self.silent:
+                continue
             if symbol < 0:
                 number = self.new_rule[~symbol]
                 position = self._before(position, ~number, self.rule_prices[number])
                 continue
             terminal = self.terminals[symbol]
             assert terminal is not None
-            if not terminal.only_empty:
-                position = self._before(position, self._renumbered(symbol, terminal), terminal.cost[0])
+            position = self._before(position, self._renumbered(symbol, terminal), terminal.cost[0])
         return position
 
     def finish(self, heads: Sequence[Sequence[int]], best: Sequence[int]) -> CompiledGrammar:

@@ -57,7 +57,10 @@ class Numbering:
     def _terminal(self, expression: Expression) -> int:
         known = self._terminals_by_id.get(id(expression))
         if known is None:
-            known = self._terminals.get(expression)
+            try:
+                known = self._terminals.get(expression)
+            except RecursionError:  # hashing goes as deep as the expression
+                raise ConstraintTooComplex("a terminal of the constraint is nested too deeply") from None
             if known is None:
                 known = self._terminals[expression] = len(self.terminals)
                 self.terminals.append(self._compiled(expression))
