@@ -31,8 +31,8 @@ _MAX_WORDS = 200_000
 """Of plain texts, whose automaton is no larger than they are."""
 _MAX_DEPTH = 40
 _MAX_STATES = 1500
-_LONG_COUNT = 5
-"""A repetition counted to this many, behind one without a bound, may need exponentially many states."""
+_CERTAINLY_SMALL = 12
+"""Characters of which no automaton is large. Of more, one behind an unbounded repetition may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,12 @@ class Fragment:
     """Characters of the expression with its counted repetitions written out."""
     depth: int
     is_unbounded: bool
-    is_counted: bool
 
 
 def measured(expression: Expression, effort: Effort) -> Fragment:
     """The size is exact up to a bound far above what is put together, and not counted beyond it."""
     size = depth = 0
-    is_unbounded = is_counted = False
+    is_unbounded = False
     pending = [(expression, 1, 1)]
     while pending and size <= 2 * _MAX_WORDS:
         effort.spend()
@@ -61,7 +60,6 @@ def measured(expression: Expression, effort: Effort) -> Fragment:
                 size += times
             case Repeat(body, low, high):
                 is_unbounded |= high is None
-                is_counted |= max(low, high or 1) >= _LONG_COUNT
                 pending.append((body, times * max(low, high or 1, 1), level + 1))
             case Concat(parts) | Alternation(parts) | And(parts):
                 size += 1  # so that a part without characters ends the loop too
@@ -69,7 +67,7 @@ def measured(expression: Expression, effort: Effort) -> Fragment:
             case Not(body):
                 is_unbounded = True
                 pending.append((body, times, level + 1))
-    return Fragment(expression, size, depth, is_unbounded, is_counted)
+    return Fragment(expression, size, depth, is_unbounded)
 
 
 _Other = TypeVar("_Other")
@@ -182,7 +180,7 @@ def _allowed(
         return whole
     if whole.size > limit or whole.depth > _MAX_DEPTH:
         return None
-    if whole.is_unbounded and whole.is_counted and not _has_small_automaton(expression, effort):
+    if whole.is_unbounded and whole.size > _CERTAINLY_SMALL and not _has_small_automaton(expression, effort):
         return None
     return whole
 

@@ -4,14 +4,16 @@ The language is that of the grammar alone, as Lark's Earley parser with its comp
 priorities, no longest match. Ignored text may stand before, between and after terminals, never inside one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cadenza.decoding.constraints.automata.expression import EPSILON, Concat, Expression, concat
+from cadenza.decoding.constraints.automata.expression import Expression
 from cadenza.decoding.constraints.errors import ConstraintError, ConstraintTooComplex
 from cadenza.decoding.constraints.grammar.grammar import Grammar
 from cadenza.decoding.constraints.limits import Effort
 from cadenza.decoding.constraints.schema import SchemaOptions, schema_grammar
 from cadenza.decoding.constraints.syntax.lark_reader import LarkGrammar, read_lark
+from cadenza.decoding.constraints.syntax.lark_spacing import Spacing, spacing
 from cadenza.decoding.constraints.syntax.lark_templates import without_templates
 from cadenza.decoding.constraints.syntax.lark_terminals import terminal_expressions
 from cadenza.decoding.constraints.syntax.lowering import to_grammar
@@ -22,6 +24,7 @@ from cadenza.decoding.constraints.syntax.rules import (
     Intersection,
     Item,
     Reference,
+    items_of,
     references,
 )
 
@@ -36,10 +39,24 @@ def lark_grammar(text: str, effort: Effort) -> Grammar:
         raise ConstraintError(f"the grammar has no rule {_START!r} to start with")
     _check_names(grammar, effort)
     terminals, ignored = terminal_expressions(grammar, effort)
-    spacing = _Spacing(terminals, ignored, grammar, effort)
-    rules = {name: spacing.body(body) for name, body in without_templates(grammar, effort).items()}
-    rules[_WHOLE] = ((ignored, Reference(_START, 0)),)
+    rules = without_templates(grammar, effort)
+    space = spacing(ignored, _used(rules, terminals), effort)
+    spaced = _Spaced(terminals, space, grammar, effort)
+    rules = {name: spaced.body(body) for name, body in rules.items()}
+    rules[_WHOLE] = ((Reference(_START, 0), space.at_end()),)
     return to_grammar(rules, _WHOLE, effort, _schema_grammars(grammar, effort))
+
+
+def _used(rules: Mapping[str, Body], terminals: Mapping[str, Expression]) -> set[Expression]:
+    """The terminals that rules refer to or contain."""
+    used: set[Expression] = set()
+    for body in rules.values():
+        for item in items_of(body):
+            if isinstance(item, Reference) and item.name in terminals:
+                used.add(terminals[item.name])
+            elif not isinstance(item, Reference | Group | Intersection | Complement):
+                used.add(item)
+    return used
 
 
 def _schema_grammars(grammar: LarkGrammar, effort: Effort) -> dict[str, Grammar]:
@@ -68,11 +85,11 @@ def _check_names(grammar: LarkGrammar, effort: Effort) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Spacing:
-    """Puts terminals in the place of their names, and ignored text after each."""
+class _Spaced:
+    """Puts terminals in the place of their names, and ignored text before each."""
 
     terminals: dict[str, Expression]
-    ignored: Expression
+    spacing: Spacing
     grammar: LarkGrammar
     effort: Effort
 
@@ -87,16 +104,14 @@ class _Spacing:
         return tuple(options)
 
     def _items(self, item: Item) -> tuple[Item, ...]:
-        if isinstance(item, Group):
-            return (Group(self.body(item.options), item.low, item.high),)
-        if isinstance(item, Reference):
-            if item.name in self.terminals:
-                return (self._terminal(self.terminals[item.name]),)
-            return (item, self.ignored) if item.name in self.grammar.schemas else (item,)
-        return (self._terminal(item),)
-
-    def _terminal(self, terminal: Item) -> Item:
-        assert not isinstance(terminal, Reference | Group | Intersection | Complement)
-        if self.ignored == EPSILON:
-            return terminal
-        return concat(*(terminal.parts if isinstance(terminal, Concat) else [terminal]), self.ignored)
+        match item:
+            case Group(options, low, high):
+                return (Group(self.body(options), low, high),)
+            case Reference(name) if name in self.terminals:
+                return (self.spacing.before(self.terminals[name]),)
+            case Reference(name) if name in self.grammar.schemas:
+                return (self.spacing.run, item)
+            case Reference():
+                return (item,)
+        assert not isinstance(item, Intersection | Complement)
+        return (self.spacing.before(item),)

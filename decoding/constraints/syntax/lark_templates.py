@@ -49,11 +49,18 @@ class _Expansion:
             return Group(self._body(item.options, arguments), item.low, item.high)
         if not isinstance(item, Reference):
             return item
-        if not item.arguments:
-            if item.name in self.grammar.templates and item.name not in arguments:
-                raise self.grammar.source.error(f"template {item.name!r} needs its arguments", item.position)
+        if item.arguments:
+            return self._use(item, arguments)
+        found = arguments.get(item.name, item)
+        if isinstance(found, Reference) and found.name in self.grammar.templates:
+            raise self.grammar.source.error(f"template {found.name!r} needs its arguments", item.position)
+        return found
+
+    def _argument(self, item: Item, arguments: dict[str, Item]) -> Item:
+        """A template may be an argument, to be used by the template that gets it."""
+        if isinstance(item, Reference) and not item.arguments:
             return arguments.get(item.name, item)
-        return self._use(item, arguments)
+        return self._item(item, arguments)
 
     def _use(self, use: Reference, arguments: dict[str, Item]) -> Reference:
         called = arguments.get(use.name, use)
@@ -61,7 +68,7 @@ class _Expansion:
         template = self.grammar.templates.get(name)
         if template is None:
             raise self.grammar.source.error(f"template {name!r} is not defined", use.position)
-        given = tuple([self._item(argument, arguments) for argument in use.arguments])
+        given = tuple([self._argument(argument, arguments) for argument in use.arguments])
         if len(given) != len(template.parameters):
             raise self.grammar.source.error(
                 f"template {name!r} takes {len(template.parameters)} arguments, not {len(given)}",

@@ -24,27 +24,22 @@ from cadenza.decoding.constraints.syntax.rules import (
     Intersection,
     Item,
     Reference,
+    items_of,
     references,
 )
 
 _MAX_SIZE = 100_000
 
 
-def terminal_expressions(grammar: LarkGrammar, effort: Effort) -> tuple[dict[str, Expression], Expression]:
-    """Every terminal, and what may stand between two of them. Raises ConstraintError where they are circular."""
+def terminal_expressions(
+    grammar: LarkGrammar, effort: Effort
+) -> tuple[dict[str, Expression], list[Expression]]:
+    """Every terminal, and the ones to ignore. Raises ConstraintError where they are circular."""
     terminals = _Terminals(grammar, effort)
     for name in _in_order(grammar, effort):
         terminals.define(name, grammar.terminals[name])
     ignored = [terminals.expression("%ignore", body) for body in grammar.ignored]
-    return terminals.known, _any_number(ignored)
-
-
-def _any_number(expressions: list[Expression]) -> Expression:
-    once = [
-        each.body if isinstance(each, Repeat) and each.min <= 1 and each.max is None else each
-        for each in expressions
-    ]
-    return Repeat(either(*once), 0, None) if once else EPSILON
+    return terminals.known, ignored
 
 
 def _in_order(grammar: LarkGrammar, effort: Effort) -> list[str]:
@@ -80,7 +75,7 @@ class _Terminals:
 
     def define(self, name: str, body: Body) -> None:
         self.known[name] = self.expression(name, body)
-        if any(self._is_narrowed(item) for item in _items(body)):
+        if any(self._is_narrowed(item) for item in items_of(body)):
             self._narrowed.add(name)
 
     def expression(self, name: str, body: Body) -> Expression:
@@ -118,7 +113,7 @@ class _Terminals:
                 return item
 
     def _check_complement(self, item: Item) -> None:
-        for inner in _items(((item,),)):
+        for inner in items_of(((item,),)):
             if self._is_narrowed(inner):
                 raise self.grammar.source.error(
                     "the complement of \\d, \\w, \\s or of letters of either case is not supported, for they are "
@@ -132,21 +127,6 @@ class _Terminals:
         return (
             not isinstance(item, Group | Intersection | Complement) and item in self.grammar.literals.narrowed
         )
-
-
-def _items(body: Body) -> list[Item]:
-    """Every item, at any depth."""
-    found: list[Item] = []
-    pending = [item for option in body for item in option]
-    while pending:
-        item = pending.pop()
-        found.append(item)
-        match item:
-            case Group(options) | Intersection(options):
-                pending.extend(inner for option in options for inner in option)
-            case Complement(inner):
-                pending.append(inner)
-    return found
 
 
 def _position(item: Item) -> int:

@@ -135,4 +135,4 @@ class _Rule:
         return alternative(fragments, self.effort) if fragments else None
 
 
-_EMPTY = Fragment(EPSILON, 0, 1, False, False)
+_EMPTY = Fragment(EPSILON, 0, 1, False)

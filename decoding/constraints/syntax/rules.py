@@ -45,19 +45,23 @@ Body: TypeAlias = tuple[tuple[Item, ...], ...]
 """Alternatives, each a sequence."""
 
 
-def references(body: Body) -> Iterator[Reference]:
-    """Every reference, arguments of templates included."""
+def items_of(body: Body) -> Iterator[Item]:
+    """Every item at any depth, arguments of templates included."""
     pending: list[Item] = [item for option in body for item in option]
     while pending:
         item = pending.pop()
+        yield item
         match item:
             case Reference(_, _, arguments):
-                yield item
                 pending.extend(arguments)
             case Group(options) | Intersection(options):
                 pending.extend(inner for option in options for inner in option)
             case Complement(inner):
                 pending.append(inner)
+
+
+def references(body: Body) -> Iterator[Reference]:
+    return (item for item in items_of(body) if isinstance(item, Reference))
 
 
 @dataclass(slots=True)
