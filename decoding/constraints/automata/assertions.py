@@ -68,6 +68,17 @@ class Behind:
     position: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Guarded:
+    """(?:(?!...)[...])* without upper bound: characters of a set, conditions on what follows before and after each."""
+
+    chars: CharSet
+    low: int
+    ahead_before: tuple[Follows, ...]
+    ahead_after: tuple[Follows, ...]
+    position: int
+
+
 @dataclass(slots=True, eq=False)
 class _Compound:
     nodes: tuple["Node", ...]
@@ -93,7 +104,7 @@ class Choice(_Compound):
     __slots__ = ()
 
 
-Assertion: TypeAlias = Follows | AtEnd | Preceded | Boundary | Behind
+Assertion: TypeAlias = Follows | AtEnd | Preceded | Boundary | Behind | Guarded
 Node: TypeAlias = Expression | Assertion | Sequence | Choice
 AT_START = Preceded(CharSet(()), True, False)
 
@@ -114,7 +125,9 @@ def is_plain(node: Node) -> bool:
 
 def is_zero_width(node: Node) -> bool:
     """Whether it can only match the empty text. Of plain expressions, only the one that says so is seen to."""
-    return node.is_zero_width if isinstance(node, _Compound) else node is EPSILON or not is_plain(node)
+    if isinstance(node, _Compound):
+        return node.is_zero_width
+    return node is EPSILON or not (is_plain(node) or isinstance(node, Guarded))
 
 
 def num_assertions(node: Node) -> int:
@@ -183,3 +196,16 @@ def elements(node: Node) -> tuple[Node, ...]:
     if isinstance(node, Sequence):
         return node.nodes
     return node.parts if isinstance(node, Concat) else (node,)
+
+
+def guarded(node: Node, low: int, position: int) -> Guarded | None:
+    """The repetition of a body that consists of lookaheads around one character, if that is what the node is."""
+    parts = elements(node)
+    places = [i for i, part in enumerate(parts) if isinstance(part, CharSet)]
+    conditions = [part for part in parts if isinstance(part, Follows) and not looks_back(part)]
+    if len(places) != 1 or len(conditions) != len(parts) - 1:
+        return None
+    chars = parts[places[0]]
+    assert isinstance(chars, CharSet)
+    before = tuple(conditions[: places[0]])
+    return Guarded(chars, low, before, tuple(conditions[places[0] :]), position)

@@ -15,6 +15,7 @@ from cadenza.decoding.constraints.automata.assertions import (
     Boundary,
     Choice,
     Follows,
+    Guarded,
     Node,
     Preceded,
     Sequence,
@@ -39,6 +40,7 @@ from cadenza.decoding.constraints.automata.expression import (
     either,
     optional,
 )
+from cadenza.decoding.constraints.automata.guarded import loop_then
 from cadenza.decoding.constraints.errors import ConstraintError
 from cadenza.decoding.constraints.limits import Effort
 
@@ -153,8 +155,25 @@ class _Lowering:
                     "a lookbehind of more than one character is only enforced where it ends the pattern",
                     where=f"position {position}",
                 )
+            case Guarded():
+                return self._guarded(node, after, before)
             case _:
                 return self._plain(node, after, before)
+
+    def _guarded(self, loop: Guarded, after: _Rest | None, before: Before) -> Expression:
+        rest = self.lower(after, before)
+        if rest == ANY_TEXT and loop.low == 0:
+            return ANY_TEXT
+        end = self.rest(ANY_TEXT, None)
+        before_each = [self.lower(self.rest(condition, end), None) for condition in loop.ahead_before]
+        after_each = [self.lower(self.rest(condition, end), None) for condition in loop.ahead_after]
+        result = loop_then(Repeat(loop.chars, loop.low, None), before_each, after_each, rest)
+        if result is None:
+            raise ConstraintError(
+                "a lookahead inside a repetition is only enforced where what follows that has one length",
+                where=f"position {loop.position}",
+            )
+        return result
 
     def _plain(self, part: Expression, after: _Rest | None, before: Before) -> Expression:
         if after is None or not after.looks_back:

@@ -6,7 +6,8 @@ match more, and exclude the Unicode ones, too, where they are negated (\\D, [^\\
 complement of the result says `negated`.
 
 Laziness changes no language. Refused by name: backreferences, recursion, conditionals, atomic groups, possessive
-quantifiers, and assertions inside an unbounded repetition.
+quantifiers, and assertions inside an unbounded repetition, except lookaheads around a single character where what
+follows the repetition has one length, as in <!--(?:(?!-->).)*-->.
 """
 
 import re
@@ -21,6 +22,7 @@ from cadenza.decoding.constraints.automata.assertions import (
     Preceded,
     boundary,
     choice,
+    guarded,
     is_plain,
     is_zero_width,
     num_assertions,
@@ -229,6 +231,8 @@ class _Parser:
             return node if (low, high) == (1, 1) else Repeat(node, low, high)  # type: ignore[arg-type]
         if is_zero_width(node):
             return node if low else EPSILON
+        if high is None and (loop := guarded(node, low, start)):
+            return loop
         if high is None or high > _MAX_COPIES:
             raise self._source.refused("an assertion inside a repetition", start)
         self._count_assertions((high - 1) * num_assertions(node))

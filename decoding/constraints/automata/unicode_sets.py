@@ -132,7 +132,7 @@ def _case_variants(wide: bool) -> dict[int, set[int]]:
     if (
         wide
     ):  # what single-character mappings do not tell: dotted and dotless i, sharp s, and the re module's own
-        for characters in ("iIİı", "ßẞ", "ſtst".replace("ſt", "ﬅ").replace("st", "ﬆ"), "ΐΐ", "ΰΰ"):
+        for characters in ("iI\u0130\u0131", "\u00df\u1e9e", "\ufb05\ufb06", "\u0390\u1fd3", "\u03b0\u1fe3"):
             _connect(variants, {ord(c) for c in characters})
     return variants
 

@@ -20,7 +20,9 @@ SAME_IN_BOTH = [
     r"\.\*\\", r"(?<n>a)b", r"(a(?=b)|b){1,3}", r"((?!b)a|b$){1,2}", r"", r"()", r"a||b", r"\n\t", r"[\w.]+-\w",
     r"[^\W\d]+", r"(?!\d)\w+", r"(?=^a)ab|x", r"(?<!^)b", r"x*(?<![ax])b", r"(?=a$)a", r"(?!.*b$)[ab]+", r"[^\s]+ \s",
     r"(?=)", r"(?!)a|b", r"é+[à-ü]", r"(x+x+)+,", r"(a|b)*a(a|b){3}", r"(?:[ab]|c{2})+?", r"a(?!$)", r"(?:^a)?b",
-    r"(?m:^a$\nb)", r"(?m:.*^b$.*)", r"x\\?(?=,|$).*", r"(?=a(?!b))a.*", r"]|}", r"\/\-",
+    r"(?m:^a$\nb)", r"(?m:.*^b$.*)", r"x\\?(?=,|$).*", r"^(?:(?!ab).)*$", r"^(?:(?!ab)[abc])*(?:ca|b[abx])$",
+    r"^c(?:(?!cc)[^,])+cc$", r"^(?:.(?=a|b))*b$",
+    r"^((?!b|ca|$)[abc])+$", r"^(?:[abc](?!ab|$))*$", r"^((?!x))(?:(?=a|b).(?!c))*$", r"(?=a(?!b))a.*", r"]|}", r"\/\-",
 ]  # fmt: skip
 PYTHON_ONLY = [
     r"(?i)aBc[x-z]", r"(?s).a.", r"(?m)^a$\nb", r"(?m).*^b$.*", r"a$\n?", r"a\Z", r"\Aa\Z", r"a{,2}b", r"[]a]+",
@@ -167,7 +169,8 @@ REFUSED = [
     (r"(?R)", "python", "recursion", 0),
     (r"b(?1)", "python", "recursion", 1),
     (r"(?|a)", "python", "a branch reset", 0),
-    (r"(?:a(?!b))+", "ecma", "an assertion inside a repetition", 10),
+    (r"(?:ab(?!c))+", "ecma", "an assertion inside a repetition", 11),
+    (r"(?:(?!c).)*a+", "ecma", "a lookahead inside a repetition", 10),
     (r"ab{3,2}", "ecma", "wrong way round", 2),
     (r"(?<=ab)c", "ecma", "a lookbehind of more than one character", 0),
     (r"(?<=\b)a", "python", "an assertion inside a lookbehind", 0),
