@@ -27,7 +27,9 @@ from cadenza.decoding.constraints.llguidance_symbols import Symbols
 Texts: TypeAlias = list[tuple[bytes, int]]
 """Literals with their terminals, sorted."""
 
+_MAX_CONFLICTS = 200_000
 _MAX_PAIRS = 1_000_000
+_TOO_MANY = "the constraint has too many terminals that match alike texts"
 _CHUNK = 1 << 14
 
 
@@ -43,11 +45,10 @@ def cuts(symbols: Symbols) -> dict[int, dict[int, int]]:
         walk.pairs(pairs)
         expected.spread(walk.together)
     found: dict[int, dict[int, int]] = {}
-    for (ended, longer), places in walk.conflicts.items():
+    for (ended, longer, place), mask in walk.conflicts.items():
         if expected.at_one_place(ended, longer):
-            merged = found.setdefault(longer, {})
-            for place, mask in places.items():
-                merged[place] = merged.get(place, 0) | mask
+            places = found.setdefault(longer, {})
+            places[place] = places.get(place, 0) | mask
     return found
 
 
@@ -60,8 +61,8 @@ class _Walk:
     """By terminal, the mask of the bytes that may come after it."""
     texts: Texts
     automata: Automata | None
-    conflicts: dict[tuple[int, int], dict[int, int]] = field(default_factory=dict)
-    """(T, T'): by place in T' the mask of bytes b."""
+    conflicts: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    """(T, T', place in T'): the mask of bytes b."""
     together: set[tuple[int, int]] = field(default_factory=set)
     """Terminals that some same text matches."""
     seen: Ints = field(default_factory=lambda: np.empty(0, np.int64))
@@ -76,8 +77,10 @@ class _Walk:
         return cls(symbols.effort, follow, texts, automata)
 
     def _conflict(self, ended: int, longer: int, place: int, mask: int) -> None:
-        places = self.conflicts.setdefault((ended, longer), {})
-        places[place] = places.get(place, 0) | mask
+        key = (ended, longer, place)
+        self.conflicts[key] = self.conflicts.get(key, 0) | mask
+        if len(self.conflicts) > _MAX_CONFLICTS:
+            raise ConstraintTooComplex(_TOO_MANY)
 
     def among_literals(self) -> None:
         """Literals that are beginnings of others."""
@@ -108,7 +111,7 @@ class _Walk:
         while len(fresh):
             self.seen = np.concatenate([self.seen, fresh])
             if len(self.seen) > _MAX_PAIRS:
-                raise ConstraintTooComplex("the constraint has too many terminals that match alike texts")
+                raise ConstraintTooComplex(_TOO_MANY)
             reached = [
                 self._step(automata, fresh[chunk : chunk + _CHUNK]) for chunk in range(0, len(fresh), _CHUNK)
             ]

@@ -15,20 +15,27 @@ from cadenza.decoding.constraints.llguidance_symbols import Code, Symbols, prune
 
 _OPTIONS = '%llguidance {"no_forcing": true}'
 """Otherwise, where only one text may follow, only its canonical tokenization would be allowed."""
-_MAX_LINES = 20_000
+_MAX_SYMBOLS = 20_000
 """Rules and terminals of the printed grammar: what llguidance reads in about a second."""
 
 
 def to_llguidance(grammar: Grammar, effort: Effort) -> str:
     """Raises ConstraintError if the grammar derives no text."""
     symbols = symbols_of(grammar, effort)
+    _check_size(symbols)
     while found := cuts(symbols):
         replaced = {
             code: cut_terminal(symbols, symbols.terminals[code], places) for code, places in found.items()
         }
         _replace(symbols, replaced)
         prune(symbols)
+        _check_size(symbols)
     return _printed(symbols)
+
+
+def _check_size(symbols: Symbols) -> None:
+    if len(symbols.rules) + len(symbols.terminals) > _MAX_SYMBOLS:
+        raise ConstraintTooComplex(f"the constraint needs more than {_MAX_SYMBOLS} rules and terminals")
 
 
 def _replace(symbols: Symbols, replaced: dict[Code, Code]) -> None:
@@ -50,6 +57,4 @@ def _printed(symbols: Symbols) -> str:
             for sequence in alternatives
         )
         rules.append(f"r{number}: {body}")
-    if len(rules) + len(printer.lines) > _MAX_LINES:
-        raise ConstraintTooComplex(f"the constraint needs more than {_MAX_LINES} rules and terminals")
     return "\n".join([_OPTIONS, "start: r0", *rules, *printer.lines, ""])

@@ -69,12 +69,15 @@ class MaskTables:
 
 
 def check_llguidance(text: str) -> None:
-    """Raises ConstraintTooComplex if llguidance does not take the grammar, or cannot begin a text of it."""
+    """Raises ConstraintTooComplex if llguidance does not take the grammar, or cannot begin a text of it.
+
+    What `to_llguidance` prints is well-formed, so what it meets are its own limits.
+    """
     matcher = _built(text, _byte_tokenizer())
     matcher.compute_bitmask()
     if matcher.is_error():
         raise ConstraintTooComplex(
-            f"the constraint is too large for llguidance: {_first_line(matcher.get_error())}"
+            f"llguidance cannot run the constraint: {_first_line(matcher.get_error())}"
         )
 
 
