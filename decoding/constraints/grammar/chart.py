@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from cadenza.decoding.constraints.errors import MatcherError
 from cadenza.decoding.constraints.grammar.closure import Closer, Thread
-from cadenza.decoding.constraints.grammar.compiled import CompiledGrammar
+from cadenza.decoding.constraints.grammar.positions import CompiledGrammar
 from cadenza.decoding.constraints.grammar.stack import Frame
 
 _MAX_ITEMS = 500_000

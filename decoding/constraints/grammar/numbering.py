@@ -3,14 +3,16 @@
 from dataclasses import dataclass, field
 
 from cadenza.decoding.constraints.automata.build import to_dfa
-from cadenza.decoding.constraints.automata.expression import Expression
+from cadenza.decoding.constraints.automata.expression import Expression, Literal
 from cadenza.decoding.constraints.errors import ConstraintError, ConstraintTooComplex
 from cadenza.decoding.constraints.grammar.analysis import Symbols
 from cadenza.decoding.constraints.grammar.grammar import Grammar, Production
-from cadenza.decoding.constraints.grammar.terminal import Terminal, terminal_of
+from cadenza.decoding.constraints.grammar.terminal import Terminal, literal_terminal, terminal_of
 from cadenza.decoding.constraints.limits import Effort
 
 _MAX_TABLE_ENTRIES = 10_000_000
+_MAX_LITERAL = 10_000
+"""Characters of a string that is compiled on the short way; longer ones meet the limits on automata."""
 
 
 @dataclass(slots=True)
@@ -68,10 +70,27 @@ class Numbering:
         return known
 
     def _compiled(self, expression: Expression) -> Terminal | None:
-        dfa = to_dfa(expression, self.effort)
-        self._num_entries += dfa.table.size
+        self.effort.spend(8)
+        if (
+            isinstance(expression, Literal)
+            and len(expression.text) <= _MAX_LITERAL
+            and _is_text(expression.text)
+        ):
+            terminal: Terminal | None = literal_terminal(expression.text.encode())
+        else:
+            dfa = to_dfa(expression, self.effort)
+            terminal = None if dfa.is_empty else terminal_of(dfa, self.effort)
+        if terminal is not None:
+            self._account(terminal)
+        return terminal
+
+    def _account(self, terminal: Terminal) -> None:
+        self._num_entries += len(terminal.table)
         if self._num_entries > _MAX_TABLE_ENTRIES:
             raise ConstraintTooComplex(
                 f"the constraint's terminals need automata with more than {_MAX_TABLE_ENTRIES} transitions"
             )
-        return None if dfa.is_empty else terminal_of(dfa, self.effort)
+
+
+def _is_text(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)

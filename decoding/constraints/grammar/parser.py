@@ -5,7 +5,7 @@ trimmed and all rules derive something. Knows nothing of tokens.
 """
 
 from cadenza.decoding.constraints.grammar.chart import Chart, Frontier
-from cadenza.decoding.constraints.grammar.compiled import CompiledGrammar
+from cadenza.decoding.constraints.grammar.positions import CompiledGrammar
 from cadenza.decoding.constraints.grammar.terminal import BYTE
 
 

@@ -39,9 +39,10 @@ class Stack:
         self._nodes: dict[frozenset[Frame], Node] = {}
         self._systems: dict[frozenset[tuple[int, frozenset[OpenFrame]]], dict[int, Node]] = {}
         self.num_frames = 0
-        """In all nodes together."""
+        """Looked at so far, a measure of work."""
 
     def node(self, frames: Sequence[Frame]) -> Node:
+        self.num_frames += 1 + len(frames)
         key = frozenset(frames)
         node = self._nodes.get(key)
         if node is None:
@@ -62,6 +63,7 @@ class Stack:
 
     def _cycle(self, calls: Mapping[int, Sequence[OpenFrame]]) -> dict[int, Node]:
         """The nodes of rules that begin with each other, or with themselves."""
+        self.num_frames += 2 * sum(map(len, calls.values()))
         key = frozenset((rule, frozenset(frames)) for rule, frames in calls.items())
         known = self._systems.get(key)
         if known is None:
@@ -94,6 +96,7 @@ class Stack:
         for attempt in range(_MAX_CANDIDATES if len(calls) == 1 else 1):
             if any(len(nodes) <= attempt for nodes in candidates.values()):
                 return None
+            self.num_frames += sum(map(len, calls.values()))
             guess = {rule: nodes[attempt] for rule, nodes in candidates.items()}
             if all(
                 frozenset(_substituted(frames, guess)) == frozenset(guess[rule].frames)
@@ -107,8 +110,7 @@ class Stack:
         unknown = {id(node) for node in nodes}
         for node, its_frames in zip(nodes, frames, strict=True):
             node.frames = tuple(dict.fromkeys(its_frames))
-            self.num_frames += len(node.frames)
-        changed = True
+            changed = True
         while changed:
             changed = False
             for node in nodes:

@@ -73,6 +73,28 @@ def terminal_of(dfa: DFA, effort: Effort) -> Terminal:
     )
 
 
+def literal_terminal(text: bytes) -> Terminal:
+    """What `terminal_of` makes of one string, without the detour: grammars are full of these."""
+    distinct = sorted(set(text))
+    kind_of = {byte: kind for kind, byte in enumerate(distinct)}
+    num_classes = len(distinct) + 1  # the last one is of all other bytes
+    table = array("i", [-1]) * ((len(text) + 1) * num_classes)
+    cost = [0]
+    for state, byte in enumerate(text):
+        table[state * num_classes + kind_of[byte]] = state + 1
+    for byte in reversed(text):
+        cost.append(cost[-1] + BYTE + bool(_IS_CONTROL[byte]))
+    return Terminal(
+        byte_class=bytes(kind_of.get(byte, len(distinct)) for byte in range(256)),
+        num_classes=num_classes,
+        table=table,
+        accepting=bytes(len(text)) + b"\x01",
+        sole_byte=array("i", [*text, -2]),
+        cost=array("q", reversed(cost)),
+        best_byte=text + b"\x00",
+    )
+
+
 def _preference() -> list[int]:
     """All bytes, the ones that read best first: letters, digits, other visible ones, UTF-8's, controls."""
 
