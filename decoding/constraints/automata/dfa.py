@@ -35,23 +35,29 @@ class DFA:
     @cached_property
     def distance(self) -> NDArray[np.int32]:
         """[num_states] fewest bytes to an accepting state."""
-        distance = np.full(self.num_states, -1, np.int32)
-        distance[self.accepting] = 0
-        level = 0
-        while (distance < 0).any():
-            reaches = (self.table >= 0) & (distance[self.table] == level)
-            distance[(distance < 0) & reaches.any(axis=1)] = level + 1
-            level += 1
-        return distance
+        sources, columns = np.nonzero(self.table >= 0)
+        pairs = np.unique(self.table[sources, columns].astype(np.int64) * self.num_states + sources)
+        targets, befores = np.divmod(pairs, max(self.num_states, 1))
+        start_of = np.searchsorted(targets, np.arange(self.num_states + 1)).tolist()
+        before = befores.tolist()
+        distance = [0 if accepts else -1 for accepts in self.accepting.tolist()]
+        reached = [state for state, steps in enumerate(distance) if steps == 0]
+        for state in reached:  # breadth first: grows while it is walked
+            for source in before[start_of[state] : start_of[state + 1]]:
+                if distance[source] < 0:
+                    distance[source] = distance[state] + 1
+                    reached.append(source)
+        return np.array(distance, np.int32)
 
     def shortest(self, state: int) -> bytes:
         """A shortest text from `state` to acceptance, the lowest bytes among equals. May begin inside a character."""
         text = bytearray()
         while not self.accepting[state]:
-            rest = self.distance[state] - 1
-            byte = next(b for b in range(256) if (n := self.next(state, b)) >= 0 and self.distance[n] == rest)
+            targets = self.table[state, self.byte_class]
+            closer = (targets >= 0) & (self.distance[targets] == self.distance[state] - 1)
+            byte = int(closer.argmax())
             text.append(byte)
-            state = self.next(state, byte)
+            state = int(targets[byte])
         return bytes(text)
 
     def accepts(self, text: bytes) -> bool:

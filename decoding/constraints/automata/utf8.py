@@ -106,6 +106,7 @@ class _Expansion:
         self._copies: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
         self._ids: dict[tuple[Segment, ...], int] = {}
         self._num_outer = num_states
+        self._beyond_ascii = frozenset(c for _, _, node in diagram.leads for c in diagram.classes[node])
         self.inner: list[tuple[Segment, ...]] = []
 
     def segments(self, row: dict[int, int]) -> list[Segment]:
@@ -113,6 +114,8 @@ class _Expansion:
         for first, last, char_class in self._diagram.ascii:
             if char_class in row:
                 _append(found, (first, last, row[char_class]))
+        if self._beyond_ascii.isdisjoint(row):
+            return found
         for first, last, node in self._diagram.leads:
             child = self._copy(node, row)
             if child != _DEAD:

@@ -236,6 +236,13 @@ def test_large_alternations_and_repetitions() -> None:
     assert [nested.accepts(b"ab" * n + b"c") for n in (0, 13, 14, 15)] == [True, True, True, False]
 
 
+def test_distances_along_a_long_chain() -> None:
+    dfa = dfa_of(concat(Repeat(CharSet.chars("xyz"), 20_000, 20_000), star(Literal("é"))))
+    assert dfa.distance[0] == 20_000
+    assert dfa.shortest(0) == b"x" * 20_000
+    assert dfa.shortest(dfa.next(int(np.flatnonzero(dfa.accepting)[0]), 0xC3)) == b"\xa9"
+
+
 def test_shared_parts_are_built_once() -> None:
     """2**60 paths through the tree that the expression stands for."""
     body: Expression = Literal("a")
