@@ -61,9 +61,16 @@ def without_empty(dfa: DFA) -> DFA:
 
 @dataclass(frozen=True, slots=True)
 class Automata:
-    """Of the terminals that are not literals: one automaton with several starts."""
+    """Of the terminals that are not literals: one automaton with several starts.
+
+    In the order of their heads, the bytes with which every text of a terminal begins. Of two terminals no text has a
+    common beginning that matters unless one's head begins with the other's, and then it is not before `ends` of the
+    other.
+    """
 
     codes: list[int]
+    ends: Ints
+    """[index] the first index whose head does not begin with this one's, later ones do not either."""
     starts: Ints
     owner: Ints
     """[state] index into codes."""
@@ -77,6 +84,9 @@ class Automata:
     @classmethod
     def of(cls, dfas: dict[int, DFA], follow: list[int], effort: Effort) -> "Automata":
         """dfas: by terminal, at least one; follow: by terminal, the mask of the bytes that may come after it."""
+        heads = {code: _head(dfa) for code, dfa in dfas.items()}
+        codes = sorted(dfas, key=lambda code: heads[code])
+        dfas = {code: dfas[code] for code in codes}
         sizes = np.array([dfa.num_states for dfa in dfas.values()])
         effort.check_states(int(sizes.sum()))
         starts = np.append(0, sizes.cumsum()[:-1])
@@ -93,7 +103,8 @@ class Automata:
             parts.append(np.where(part >= 0, part + starts[index], -1))
             follow_class[index, classes[members_of(follow[code])]] = True
         return cls(
-            list(dfas),
+            codes,
+            _ends([heads[code] for code in codes]),
             starts,
             np.repeat(np.arange(len(dfas)), sizes),
             np.concatenate(parts).astype(np.int32),
@@ -101,3 +112,29 @@ class Automata:
             classes.astype(np.intp),
             follow_class,
         )
+
+
+def _head(dfa: DFA) -> bytes:
+    """The bytes that come first whatever comes then."""
+    rows = (dfa.table >= 0)[:, dfa.byte_class]
+    head = bytearray()
+    state = 0
+    while not dfa.accepting[state] and rows[state].sum() == 1:
+        head.append(int(rows[state].argmax()))
+        state = dfa.next(state, head[-1])
+    return bytes(head)
+
+
+def _ends(heads: list[bytes]) -> Ints:
+    ends = np.full(len(heads), len(heads), np.int64)
+    open_heads: list[int] = []
+    for index, head in enumerate(heads):
+        while open_heads and not head.startswith(heads[open_heads[-1]]):
+            ends[open_heads.pop()] = index
+        open_heads.append(index)
+    return ends
+
+
+def sorted_unique(numbers: Ints) -> Ints:
+    numbers = np.sort(numbers)
+    return numbers[np.append(True, numbers[1:] != numbers[:-1])] if len(numbers) else numbers

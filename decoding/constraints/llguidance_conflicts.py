@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cadenza.decoding.constraints.errors import ConstraintTooComplex
 from cadenza.decoding.constraints.limits import Effort
-from cadenza.decoding.constraints.llguidance_automata import Automata, Ints, byte_mask
+from cadenza.decoding.constraints.llguidance_automata import Automata, Ints, byte_mask, sorted_unique
 from cadenza.decoding.constraints.llguidance_context import context
 from cadenza.decoding.constraints.llguidance_expected import Expected
 from cadenza.decoding.constraints.llguidance_symbols import Symbols
@@ -36,7 +36,7 @@ _CHUNK = 1 << 14
 def cuts(symbols: Symbols) -> dict[int, dict[int, int]]:
     """By terminal that is to be cut: by place, the mask of the bytes before which it must not go on in one lexeme."""
     walk = _Walk.of(symbols)
-    expected = Expected(symbols, walk.automata.codes if walk.automata else [])
+    expected = Expected(symbols, walk.automata)
     walk.among_literals()
     walk.single()
     walk.literals_and_automata()
@@ -65,8 +65,8 @@ class _Walk:
     """(T, T', place in T'): the mask of bytes b."""
     together: set[tuple[int, int]] = field(default_factory=set)
     """Terminals that some same text matches."""
-    seen: Ints = field(default_factory=lambda: np.empty(0, np.int64))
-    """Pairs of states."""
+    seen: Ints = field(default_factory=lambda: np.array([np.iinfo(np.int64).max]))
+    """Pairs of states, ascending, and a number behind all of them."""
 
     @classmethod
     def of(cls, symbols: Symbols) -> "_Walk":
@@ -107,16 +107,17 @@ class _Walk:
         automata = self.automata
         assert automata is not None
         width = np.int64(len(automata.owner))
-        fresh = automata.starts[pairs[:, 0]] * width + automata.starts[pairs[:, 1]]
+        fresh = sorted_unique(automata.starts[pairs[:, 0]] * width + automata.starts[pairs[:, 1]])
         while len(fresh):
-            self.seen = np.concatenate([self.seen, fresh])
+            places = np.searchsorted(self.seen, fresh)
+            unknown = self.seen[places] != fresh
+            places, fresh = places[unknown], fresh[unknown]
+            self.seen = np.insert(self.seen, places, fresh)
             if len(self.seen) > _MAX_PAIRS:
                 raise ConstraintTooComplex(_TOO_MANY)
-            reached = [
-                self._step(automata, fresh[chunk : chunk + _CHUNK]) for chunk in range(0, len(fresh), _CHUNK)
-            ]
-            fresh = np.unique(np.concatenate(reached))
-            fresh = fresh[~np.isin(fresh, self.seen)]
+            chunks = range(0, len(fresh), _CHUNK)
+            reached = [self._step(automata, fresh[chunk : chunk + _CHUNK]) for chunk in chunks]
+            fresh = sorted_unique(np.concatenate([np.empty(0, np.int64), *reached]))
 
     def _step(self, automata: Automata, pairs: Ints) -> Ints:
         """Look at pairs of states; answers those that the next byte leads to."""
@@ -127,10 +128,10 @@ class _Walk:
         self._ended(automata, b, a)
         both = automata.accepting[a] & automata.accepting[b]
         count = len(automata.codes)
-        for owners in np.unique(automata.owner[a[both]] * count + automata.owner[b[both]]).tolist():
+        for owners in sorted_unique(automata.owner[a[both]] * count + automata.owner[b[both]]).tolist():
             self.together.add((automata.codes[owners // count], automata.codes[owners % count]))
         to_a, to_b = automata.table[a].astype(np.int64), automata.table[b]
-        return np.unique((to_a * width + to_b)[(to_a >= 0) & (to_b >= 0)])
+        return sorted_unique((to_a * width + to_b)[(to_a >= 0) & (to_b >= 0)])
 
     def _ended(self, automata: Automata, ended: Ints, longer: Ints) -> None:
         """States that one text leads to. A conflict where the first is complete and what may follow it goes on."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cadenza.decoding.constraints.llguidance_automata import Ints, members_of
+from cadenza.decoding.constraints.llguidance_automata import Automata, Ints, members_of, sorted_unique
 from cadenza.decoding.constraints.llguidance_context import context
 from cadenza.decoding.constraints.llguidance_symbols import Symbols
 
@@ -15,8 +15,7 @@ class Expected:
     round. It grows while terminals are found that match the same text.
     """
 
-    def __init__(self, symbols: Symbols, paired: list[int]) -> None:
-        """paired: the terminals whose pairs are asked for."""
+    def __init__(self, symbols: Symbols, automata: Automata | None) -> None:
         leaves = context(symbols, [1 << code for code in range(len(symbols.terminals))])
         self._effort = symbols.effort
         self._follow = leaves.follow
@@ -25,7 +24,8 @@ class Expected:
         self._second = [0] * len(leaves.follow)
         self._places: dict[tuple[int, int], None] = {}
         self._num_read = 0
-        self._index = {code: index for index, code in enumerate(paired)}
+        self._automata = automata
+        self._index = {code: index for index, code in enumerate(automata.codes if automata else ())}
         self._pairs: Ints = np.empty(0, np.int64)
         for following in {leaves.starts, *leaves.follow}:
             self._add(following, following)
@@ -42,21 +42,34 @@ class Expected:
                 self._add(self._follow[first], self._follow[second])
 
     def new_pairs(self) -> Ints:
-        """[n, 2] indices of those `paired` that turned out to be expected at one place; each pair once."""
+        """[n, 2] indices of automata that turned out to be expected at one place and may match alike texts."""
+        if self._automata is None:
+            return np.empty((0, 2), np.int64)
         count = len(self._index)
         found = [np.empty(0, np.int64)]
         for first, second in list(self._places)[self._num_read :]:
             a, b = self._indices(first), self._indices(second)
-            self._effort.spend(1 + len(a) * len(b) // 64)
-            low, high = np.minimum.outer(a, b), np.maximum.outer(a, b)
-            found.append((low * count + high)[low < high])
+            found.append(self._alike(self._automata.ends, a, b))
+            if first != second:
+                found.append(self._alike(self._automata.ends, b, a))
         self._num_read = len(self._places)
-        fresh = np.setdiff1d(np.concatenate(found), self._pairs)
-        self._pairs = np.union1d(self._pairs, fresh)
-        return np.stack([fresh // count, fresh % count], axis=1) if count else np.empty((0, 2), np.int64)
+        fresh = np.setdiff1d(sorted_unique(np.concatenate(found)), self._pairs, assume_unique=True)
+        self._pairs = np.concatenate([self._pairs, fresh])
+        return np.stack([fresh // count, fresh % count], axis=1)
+
+    def _alike(self, ends: Ints, a: Ints, b: Ints) -> Ints:
+        """Pairs of one of `a` and a later one of `b` whose head begins with the former's; both ascending."""
+        low, high = np.searchsorted(b, a, side="right"), np.searchsorted(b, ends[a])
+        sizes = high - low
+        self._effort.spend(1 + int(sizes.sum()) // 64)
+        within = np.arange(int(sizes.sum())) - np.repeat(sizes.cumsum() - sizes, sizes)
+        pairs: Ints = np.repeat(a, sizes) * len(self._index) + b[np.repeat(low, sizes) + within]
+        return pairs
 
     def _indices(self, mask: int) -> Ints:
-        return np.array([self._index[code] for code in members_of(mask) if code in self._index], np.int64)
+        return np.sort(
+            np.array([self._index[code] for code in members_of(mask) if code in self._index], np.int64)
+        )
 
     def _add(self, first: int, second: int) -> None:
         if (first, second) in self._places:
