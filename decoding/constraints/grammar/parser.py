@@ -10,8 +10,9 @@ from cadenza.decoding.constraints.grammar.terminal import BYTE
 
 
 class Parser:
-    """At the start of a text. Forks share what they learn of the grammar. Methods raise MatcherError where the text
-    has too many readings; the parser is then as before.
+    """At the start of a text. Forks share what they learn of the grammar; each may have a thread of its own, since
+    to learn the same thing twice does no harm. Methods raise MatcherError where the text has too many readings; the
+    parser is then as before.
     """
 
     __slots__ = ("_chart", "_frontiers")
