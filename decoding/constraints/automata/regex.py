@@ -264,12 +264,9 @@ class _Parser:
         """(?i:...) opens a group with these flags; (?i) sets them for the whole pattern and answers None."""
         source = self._source
         found = source.match(_INLINE_FLAGS)
-        if found is None:
-            name = (
-                "recursion"
-                if source.pattern[source.at + 1 : source.at + 2].isdigit()
-                else "this kind of group"
-            )
+        if found is None or found[0] == "?)":
+            recurses = source.pattern[start + 2 : start + 3].isdigit()
+            name = "recursion" if recurses else "this kind of group"
             raise source.refused(name, start)
         changes = {}
         for letters, value in ((found[1], True), (found[2] or "", False)):

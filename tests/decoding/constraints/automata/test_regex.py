@@ -168,6 +168,7 @@ REFUSED = [
     (r"(?(1)a|b)", "python", "a conditional", 0),
     (r"(?R)", "python", "recursion", 0),
     (r"b(?1)", "python", "recursion", 1),
+    (r"(?)a", "python", "this kind of group", 0),
     (r"(?|a)", "python", "a branch reset", 0),
     (r"(?:ab(?!c))+", "ecma", "an assertion inside a repetition", 11),
     (r"(?:(?!c).)*a+", "ecma", "a lookahead inside a repetition", 10),
