@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cadenza.decoding.constraints.errors import ConstraintError
+from cadenza.decoding.constraints.errors import ConstraintError, ConstraintTooComplex
 from cadenza.decoding.constraints.grammar.grammar import Grammar
 from cadenza.decoding.constraints.limits import Effort
 from cadenza.decoding.constraints.schema.document import Document
@@ -14,9 +14,12 @@ from cadenza.decoding.constraints.schema.reader import Reader
 
 def schema_grammar(schema: Any, options: SchemaOptions, effort: Effort) -> Grammar:
     """The JSON texts of the values that satisfy the schema. Raises ConstraintError with the place in the schema."""
-    document = Document(schema, effort)
-    emitter = Emitter(Reader(document, options, effort), options, effort)
-    start = emitter.grammar_rules(document.start())
+    try:
+        document = Document(schema, effort)
+        emitter = Emitter(Reader(document, options, effort), options, effort)
+        start = emitter.grammar_rules(document.start())
+    except RecursionError:
+        raise ConstraintTooComplex("the schema is nested too deeply") from None
     rules = productive(emitter.builder.rules, start, effort)
     if start not in rules:
         raise ConstraintError("no value satisfies the schema")

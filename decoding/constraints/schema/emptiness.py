@@ -72,6 +72,6 @@ class Emptiness:
         return part.low > len(part.prefix) and self.is_empty(part.rest)
 
     def _no_object(self, part: ObjectPart) -> bool:
-        if any(self.is_empty(part.value(name, self._effort)) for name in sorted(part.required)):
+        if any(self.is_empty(value) for value in part.values(sorted(part.required), self._effort)):
             return True
         return any(self.is_empty(formula) for _, formula in part.some)

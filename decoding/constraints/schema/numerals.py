@@ -24,7 +24,7 @@ from cadenza.decoding.constraints.automata.expression import (
 from cadenza.decoding.constraints.schema.number_part import Bound
 
 INTEGER_DIGITS = 100
-"""Digits that a numeral may have before the point, unless a bound of the schema has more."""
+"""Digits that a numeral may have before the point, unless a lower bound of the schema has more."""
 FRACTION_DIGITS = 20
 """Digits after the point: as many as Python writes of a double that it writes without exponent."""
 SCALE = 10**FRACTION_DIGITS
@@ -83,8 +83,18 @@ def scientific(low: Bound | None, high: Bound | None) -> Expression:
     return either(*options)
 
 
+def _within_reach(low: Bound | None, high: Bound | None) -> tuple[Bound | None, Bound | None]:
+    """Bounds that no numeral is long enough to violate bound nothing."""
+    most = 10**INTEGER_DIGITS
+    return (
+        None if low is not None and low.value <= -most else low,
+        None if high is not None and high.value >= most else high,
+    )
+
+
 def integers(low: Bound | None, high: Bound | None) -> Expression:
     """Numerals without point or exponent; zero has no sign."""
+    low, high = _within_reach(low, high)
     first = None if low is None else math.ceil(low.value)
     if first is not None and low is not None and not low.inclusive and first == low.value:
         first += 1
@@ -161,6 +171,7 @@ def _joined(prefix: str, *rest: Expression) -> Expression:
 
 def with_point(low: Bound | None, high: Bound | None) -> Expression:
     """Numerals with a point, without exponent, whose nearest double lies in the range; zero has no sign."""
+    low, high = _within_reach(low, high)
     first = None if low is None else _first_scaled(low)
     last = None if high is None else _negated(_first_scaled(Bound(-high.value, high.inclusive)))
     if (low is not None and first is None) or (high is not None and last is None):

@@ -98,8 +98,12 @@ class ObjectPart:
         mentioned.update(dict.fromkeys(name for k in keys for name in sorted(k.names)))
         return list(mentioned)
 
-    def value(self, name: str, effort: Effort) -> Formula:
-        """What the value under `name` satisfies, if it is there."""
-        conditions = [formula for n, formula in self.properties if n == name]
-        conditions.extend(formula for keys, formula in self.regions if keys.possibly(name, effort))
-        return conjunction(conditions)
+    def values(self, names: Iterable[str], effort: Effort) -> list[Formula]:
+        """What the value under each of the names satisfies, if it is there."""
+        known = dict(self.properties)
+        result = []
+        for name in names:
+            effort.spend()
+            conditions = [formula for keys, formula in self.regions if keys.possibly(name, effort)]
+            result.append(conjunction((known.get(name, TRUE), *conditions)))
+        return result

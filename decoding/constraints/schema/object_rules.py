@@ -53,8 +53,8 @@ class ObjectRules:
             found = [key for keys in self._free for key in keys.few(self._effort)]
             names = [*names, *found]
             self._free = [keys for keys in self._free if not keys.few(self._effort)]
-        self._members = [(name, part.value(name, self._effort)) for name in names]
-        self._members = [(n, f) for n, f in self._members if f != FALSE or n in part.required]
+        members = zip(names, part.values(names, self._effort), strict=True)
+        self._members = [(name, f) for name, f in members if f != FALSE or name in part.required]
         self._check()
         self._names: dict[_State, str] = {}
         self._waiting: list[_State] = []

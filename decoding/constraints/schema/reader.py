@@ -42,6 +42,9 @@ _READERS = (
     (_ON_OBJECTS, read_objects),
 )
 
+_MAX_OPEN = 64
+"""Schemas about one value that may lie within each other by `allOf`, `not`, `$ref` and their like."""
+
 
 class Reader:
     """Shapes of formulas, each expanded once."""
@@ -94,7 +97,8 @@ class Reader:
             if schema in self._open:
                 raise ConstraintError("$ref leads back to itself", node.where)
             self._open.add(schema)
-            self.effort.check_nesting(len(self._open))
+            if len(self._open) + len(self._outer) > _MAX_OPEN:
+                raise ConstraintTooComplex(f"more than {_MAX_OPEN} schemas lie within each other", node.where)
             try:
                 self._shapes[key] = (
                     self._node(node) if holds else self.algebra.complement(self._literal_open(schema))
