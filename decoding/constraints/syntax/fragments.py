@@ -48,7 +48,7 @@ def measured(expression: Expression, effort: Effort) -> Fragment:
     """The size is exact up to a bound far above what is put together, and not counted beyond it."""
     size = depth = 0
     is_unbounded = False
-    pending = [(expression, 1, 1)]
+    pending: list[tuple[Expression, int, int]] = [(expression, 1, 1)]
     while pending and size <= 2 * _MAX_WORDS:
         effort.spend()
         part, times, level = pending.pop()

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from cadenza.decoding.constraints.automata.expression import ANY_CHAR, CharSet, Expression, Literal
 from cadenza.decoding.constraints.errors import ConstraintError
 from cadenza.decoding.constraints.limits import Effort
-from cadenza.decoding.constraints.syntax.rules import Body, Group, Item, OpenGroup, Reference
+from cadenza.decoding.constraints.syntax.rules import Body, Group, Item, OpenGroup, Reference, count
 from cadenza.decoding.constraints.syntax.source import Source
 
 _SPACE = re.compile(r"(?:[ \t\r\n]++|#[^\n]*+)*+")  # possessive: comments could be split in many ways
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _DEFINITION = re.compile(r"([A-Za-z0-9_-]++)(?:[ \t\r\n]++|#[^\n]*+)*+::=")
-_COUNT = re.compile(r"\{\s*(\d{1,9})?\s*(,)?\s*(\d{1,9})?\s*\}")
+_COUNT = re.compile(r"\{\s*(\d++)?\s*(,)?\s*(\d++)?\s*\}")
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([^xuU]))", re.DOTALL)
 _SHORT_ESCAPES = {
     "n": "\n",
@@ -106,8 +106,8 @@ class _Reader:
         match = _COUNT.match(self.source.text, self.position)
         if match is None or not (match[1] or match[3]) or (match[3] and not match[2]):
             raise self._error("a count is {m}, {m,} or {m,n}")
-        low = int(match[1] or 0)
-        high = int(match[3]) if match[3] else None if match[2] else low
+        low = count(match[1] or "0")
+        high = count(match[3]) if match[3] else None if match[2] else low
         if high is not None and high < low:
             raise self._error(f"{{{low},{high}}} counts backwards")
         self.position = match.end()

@@ -15,7 +15,7 @@ from cadenza.decoding.constraints.limits import Effort
 from cadenza.decoding.constraints.syntax.lark_common import common_terminal
 from cadenza.decoding.constraints.syntax.lark_regex import Literals
 from cadenza.decoding.constraints.syntax.lark_tokens import Token, Tokens
-from cadenza.decoding.constraints.syntax.rules import Body, Group, Item, OpenGroup, Reference
+from cadenza.decoding.constraints.syntax.rules import Body, Group, Item, OpenGroup, Reference, count
 from cadenza.decoding.constraints.syntax.source import Source
 
 _COUNTS: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
@@ -218,7 +218,7 @@ class _Reader:
     def _counts(self) -> tuple[int, int]:
         first = self.tokens.take()
         last = self.tokens.expect("number", "a number") if self.tokens.take_if("..") else first
-        low, high = int(first.text), int(last.text)
+        low, high = count(first.text), count(last.text)
         if low < 0 or high < low:
             raise self.tokens.source.error(f"{low}..{high} is not a number of repetitions", first.position)
         return low, high

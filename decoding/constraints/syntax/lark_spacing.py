@@ -54,9 +54,8 @@ class Spacing:
 
 
 def spacing(ignored: Sequence[Expression], terminals: Iterable[Expression], effort: Effort) -> Spacing:
-    starts = _JSON_STARTS
-    for terminal in terminals:
-        starts = starts.union(first_characters(terminal, effort))
+    ranges = [r for terminal in terminals for r in first_characters(terminal, effort).ranges]
+    starts = _JSON_STARTS.union(CharSet.of(ranges))
     closed: list[Expression] = []
     open_: list[Expression] = []
     swallowed = CharSet(())

@@ -79,36 +79,39 @@ class _Terminals:
             self._narrowed.add(name)
 
     def expression(self, name: str, body: Body) -> Expression:
-        expression = self._options(body)
+        expression = self._options(body, 1)
         fragment = measured(expression, self.effort)
         if fragment.size > _MAX_SIZE:
             raise ConstraintTooComplex(f"terminal {name!r} is longer than {_MAX_SIZE} characters")
         self.effort.check_nesting(fragment.depth)
         return expression
 
-    def _options(self, body: Body) -> Expression:
-        return either(*[self._sequence(items) for items in body])
+    def _options(self, body: Body, depth: int) -> Expression:
+        self.effort.check_nesting(
+            2 * depth
+        )  # a bracket is two levels of an expression, and four of our calls
+        return either(*[self._sequence(items, depth) for items in body])
 
-    def _sequence(self, items: Sequence[Item]) -> Expression:
+    def _sequence(self, items: Sequence[Item], depth: int) -> Expression:
         parts: list[Expression] = []
         for item in items:
             self.effort.spend()
-            part = self._item(item)
+            part = self._item(item, depth)
             parts.extend(part.parts if isinstance(part, Concat) else [part])
         return concat(*parts) if parts else EPSILON
 
-    def _item(self, item: Item) -> Expression:
+    def _item(self, item: Item, depth: int) -> Expression:
         match item:
             case Reference(name):
                 return self.known[name]
             case Group(options, low, high):
-                body = self._options(options)
+                body = self._options(options, depth + 1)
                 return body if (low, high) == (1, 1) else Repeat(body, low, high)
             case Intersection(sequences):
-                return And(tuple([self._sequence(items) for items in sequences]))
+                return And(tuple([self._sequence(items, depth + 1) for items in sequences]))
             case Complement(inner):
                 self._check_complement(inner)
-                return Not(self._item(inner))
+                return Not(self._item(inner, depth + 1))
             case _:
                 return item
 

@@ -13,7 +13,7 @@ _TOKEN = re.compile(
     |(?P<string>"(?:\\.|[^"\\\n])*+"i?)
     |(?P<regexp>/(?!/)(?:\\(?:.|\n)|[^/\\])++/[imslux]*+)
     |(?P<name>_*+[A-Za-z][A-Za-z0-9_]*+)
-    |(?P<number>[+-]?\d{1,9}+(?!\d))
+    |(?P<number>[+-]?\d++)
     |(?P<directive>%[a-z]++)
     |(?P<mark>->|\.\.|[]:|()[{},.*+?~!&])""",
     re.VERBOSE,

@@ -62,7 +62,8 @@ class _Rule:
 
     def fragment(self, body: Body) -> Fragment | None:
         """None: not of this form, or too large."""
-        for mirrored in (False, True):
+        is_recursive = any(reference.name == self.name for reference in references(body))
+        for mirrored in (False, True) if is_recursive else (False,):
             linear = self._alternatives(body, mirrored)
             if linear is None or linear.exits is None:
                 continue
@@ -127,8 +128,8 @@ class _Rule:
         return None if many is None else _Linear(None, many)
 
     def _after(self, before: Fragment, part: Fragment | None, mirrored: bool) -> Fragment | None:
-        if part is None:
-            return None
+        if part is None or before is _EMPTY:
+            return part
         return sequence([part, before] if mirrored else [before, part], self.effort)
 
     def _either(self, fragments: Sequence[Fragment]) -> Fragment | None:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from cadenza.decoding.constraints.automata.expression import Expression
+from cadenza.decoding.constraints.errors import ConstraintTooComplex
+
+_MAX_DIGITS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,13 @@ def items_of(body: Body) -> Iterator[Item]:
 
 def references(body: Body) -> Iterator[Reference]:
     return (item for item in items_of(body) if isinstance(item, Reference))
+
+
+def count(digits: str) -> int:
+    """A number of repetitions."""
+    if len(digits) > _MAX_DIGITS:
+        raise ConstraintTooComplex(f"a number of repetitions has more than {_MAX_DIGITS} digits")
+    return int(digits)
 
 
 @dataclass(slots=True)
