@@ -51,7 +51,7 @@ _IPV6 = (
 def _uri(more: str, private: str, relative: bool) -> str:
     """RFC 3986; `more` and `private` are the characters that RFC 3987 adds."""
     escape = r"%[0-9A-Fa-f]{2}"
-    unreserved = rf"A-Za-z0-9._~!$&'()*+,;={more}-"
+    unreserved = rf"A-Za-z0-9._~!$&'()*+,;={more}\-"
     pchar = rf"(?:[{unreserved}:@]|{escape})"
     host = rf"(?:\[{_IPV6}\]|(?:[{unreserved}]|{escape})*)"
     authority = rf"(?:(?:[{unreserved}:]|{escape})*@)?{host}(?::[0-9]*)?"
