@@ -59,6 +59,39 @@ def without_empty(dfa: DFA) -> DFA:
     return trimmed(table, np.append(False, dfa.accepting))
 
 
+def is_suffix_free(dfa: DFA, effort: Effort) -> bool:
+    """Whether no accepted text ends in another one."""
+    pending = [(state, 0) for state in set(dfa.table[dfa.table >= 0].tolist())]  # behind at least a byte
+    seen = set(pending)
+    rows = dfa.table.tolist()
+    while pending:
+        whole, ending = pending.pop()
+        if dfa.accepting[whole] and dfa.accepting[ending]:
+            return False
+        effort.spend()
+        for pair in zip(rows[whole], rows[ending], strict=True):
+            if min(pair) >= 0 and pair not in seen:
+                seen.add(pair)
+                pending.append(pair)
+    return True
+
+
+def few_words(dfa: DFA, most: int) -> list[bytes] | None:
+    """All texts that are accepted, None if they are more than `most` or long."""
+    words: list[bytes] = []
+    beginnings = [(0, b"")]
+    rows = dfa.table[:, dfa.byte_class]
+    while beginnings:
+        state, text = beginnings.pop()
+        if dfa.accepting[state]:
+            words.append(text)
+        following = np.flatnonzero(rows[state] >= 0)
+        if len(words) + len(beginnings) + len(following) > most or len(text) > most:
+            return None
+        beginnings += [(int(rows[state, byte]), text + bytes([byte])) for byte in following]
+    return sorted(words)
+
+
 @dataclass(frozen=True, slots=True)
 class Automata:
     """Of the terminals that are not literals: one automaton with several starts.

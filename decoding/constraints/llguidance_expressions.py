@@ -1,12 +1,15 @@
 """Expressions as llguidance's Lark dialect writes terminals.
 
-Complement is by bytes there, so it is always met with all texts of characters. Parts that occur in several places
-are terminals of their own: an expression may share parts, and be exponentially long when written out.
+Complement is by bytes there, so it always meets something that matches only texts of characters. Parts that occur
+in several places are terminals of their own: an expression may share parts, and be exponentially long when written
+out.
 """
 
 import json
 
+from cadenza.decoding.constraints.automata.build import to_dfa
 from cadenza.decoding.constraints.automata.expression import (
+    ANY_TEXT,
     Alternation,
     And,
     CharSet,
@@ -15,13 +18,16 @@ from cadenza.decoding.constraints.automata.expression import (
     Literal,
     Not,
     Repeat,
+    either,
 )
 from cadenza.decoding.constraints.limits import Effort
+from cadenza.decoding.constraints.llguidance_automata import few_words, is_suffix_free
 
 _ANY_TEXT = "/(?s:.)*/"
 _NO_TEXT = f"~{_ANY_TEXT} & {_ANY_TEXT}"
 _LARGE_SET = 16
 """Ranges of a set that is worth a name."""
+_MAX_WORDS = 8
 
 
 class TerminalPrinter:
@@ -33,6 +39,7 @@ class TerminalPrinter:
         self._atoms: dict[int, str] = {}
         self._sets: dict[CharSet, str] = {}
         self._names: dict[str, str] = {}
+        self._tails: dict[Concat, Expression | None] = {}
         self._kept: list[Expression] = []
         """So that no other object gets the identity of one that was printed."""
 
@@ -67,22 +74,79 @@ class TerminalPrinter:
 
     def _composed(self, expression: Expression) -> str:
         match expression:
-            case Concat(parts):
-                return " ".join(map(self.atom, parts)) or '""'
+            case Concat():
+                return " ".join(map(self.atom, self._with_tail(expression))) or '""'
             case Alternation(()):
                 return _NO_TEXT
             case Repeat(_, low, high) if high is not None and high < low:
                 return _NO_TEXT
             case Alternation(options):
                 return " | ".join(map(self.atom, options))
-            case And(parts):
-                return " & ".join(map(self.atom, parts))
-            case Not(body):
-                return f"~{self.atom(body)} & {_ANY_TEXT}"
+            case And() | Not():
+                return self._intersection(expression)
             case Repeat(body, low, high):
                 return f"({self.atom(body)}){_counts(low, high)}"
             case _:
                 raise AssertionError(expression)
+
+    def _with_tail(self, concatenation: Concat) -> list[Expression]:
+        """The parts, with what follows an intersection drawn into it: (X & ~Y) Z as XZ & ~(YZ).
+
+        The same where no text of Z ends in another one. llguidance then sees sooner that all short tokens of some
+        kind may follow, and need not be tried one by one.
+        """
+        parts = _flat(concatenation)
+        for index, part in enumerate(parts[:-1]):
+            if not isinstance(part, And | Not):
+                continue
+            tail = self._drawn(Concat(tuple(parts[index + 1 :])))
+            if tail is None:
+                break
+            positive, negative = _operands(part)
+            drawn = [Concat((p, tail)) for p in positive or [ANY_TEXT]]
+            return [*parts[:index], And((*drawn, *(Not(Concat((n, tail))) for n in negative)))]
+        return parts
+
+    def _drawn(self, tail: Concat) -> Expression | None:
+        """The tail as it is to be drawn into an intersection, None if it must not be.
+
+        Words are told apart: llguidance simplifies "b|bc" where it does not simplify "bc?".
+        """
+        if tail not in self._tails:
+            dfa = to_dfa(tail, self._effort)
+            words = few_words(dfa, _MAX_WORDS)
+            plain = tail if words is None else either(*(Literal(word.decode()) for word in words))
+            self._tails[tail] = plain if is_suffix_free(dfa, self._effort) else None
+        return self._tails[tail]
+
+    def _intersection(self, expression: And | Not) -> str:
+        """Without `_ANY_TEXT` where it is not needed: llguidance cannot simplify it away while it matches."""
+        positive, negative = _operands(expression)
+        atoms = [*(map(self.atom, positive) if positive else [_ANY_TEXT])]
+        return " & ".join([*atoms, *(f"~{self.atom(part)}" for part in negative)])
+
+
+def _flat(concatenation: Concat) -> list[Expression]:
+    parts: list[Expression] = []
+    for part in concatenation.parts:
+        parts.extend(_flat(part) if isinstance(part, Concat) else [part])
+    return parts
+
+
+def _operands(expression: And | Not) -> tuple[list[Expression], list[Expression]]:
+    """What a text must match, and what it must not."""
+    positive: list[Expression] = []
+    negative: list[Expression] = []
+    pending: list[Expression] = [expression]
+    while pending:
+        match part := pending.pop():
+            case And(parts):
+                pending.extend(reversed(parts))
+            case Not(body):
+                negative.append(body)
+            case _:
+                positive.append(part)
+    return positive, negative
 
 
 _MAX_PLAIN = 256

@@ -13,7 +13,7 @@ import numpy as np
 from cadenza.decoding.constraints.automata.build import to_dfa
 from cadenza.decoding.constraints.automata.dfa import DFA
 from cadenza.decoding.constraints.automata.expression import (
-    ANY_CHAR,
+    EPSILON,
     Alternation,
     And,
     CharSet,
@@ -24,7 +24,6 @@ from cadenza.decoding.constraints.automata.expression import (
     Repeat,
     concat,
     either,
-    plus,
 )
 from cadenza.decoding.constraints.errors import ConstraintError
 from cadenza.decoding.constraints.grammar.grammar import Grammar
@@ -234,4 +233,4 @@ def without_empty(expression: Expression) -> Expression:
         case Literal() | Repeat():
             return Alternation(())
         case _:
-            return And((expression, plus(ANY_CHAR)))
+            return And((expression, Not(EPSILON)))

@@ -320,7 +320,13 @@ def test_random_grammars(seed: int) -> None:
         beginnings = longer
 
 
+NOT_AB = And((star(CharSet.chars("abcé;")), Not(either(lit("ab"), lit("a")))))
 SINGLE = {
+    "an intersection and then one of two ends": Concat((lit("<"), NOT_AB, lit(">"), optional(lit(" ")))),
+    "an intersection and then what it may end in": Concat((NOT_AB, plus(lit(";")), optional(lit("a")))),
+    "an intersection and then another": Concat((Not(lit("ab")), lit(";"), Concat((NOT_AB, lit("!"))))),
+    "an intersection without the empty text": concat(lit("<"), And((ANY_TEXT, Not(lit("")))), lit("\n>")),
+    "only an intersection without the empty text": And((star(CharSet.chars("ab")), Not(lit("ab")))),
     "quotes and slashes": lit("\"/\\'\x7f\n\t\x00#//"),
     "a class of signs": plus(CharSet.chars("/\\]^-[\"'#\x00\n\x7f&~| ")),
     "astral": concat(lit("😀"), CharSet.of([(0x10000, 0x10FFFF)])),
