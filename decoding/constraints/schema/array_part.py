@@ -33,6 +33,8 @@ class ArrayPart:
     """The place of the keyword that forbids equal items."""
     repeated: str | None = None
     """The place of the keyword whose negation demands equal items."""
+    evaluated: int = 0
+    """Items from the start that `unevaluatedItems` does not speak of. No condition; kept only where that is used."""
 
     def intersection(self, other: "ArrayPart") -> "ArrayPart | None":
         pairs = zip_longest(self.prefix, other.prefix)
@@ -49,6 +51,7 @@ class ArrayPart:
             self.contains | other.contains,
             self.unique or other.unique,
             self.repeated or other.repeated,
+            max(self.evaluated, other.evaluated),
         )
         return both._simplified()
 
@@ -65,7 +68,9 @@ class ArrayPart:
             return None
         prefix = self.prefix if high is None else self.prefix[:high]
         rest = FALSE if high is not None and high <= len(prefix) else self.rest
-        return ArrayPart(prefix, rest, self.low, high, self.contains, self.unique, self.repeated)
+        return ArrayPart(
+            prefix, rest, self.low, high, self.contains, self.unique, self.repeated, self.evaluated
+        )
 
     def complement(self, single: Single) -> list["ArrayPart"]:
         parts: list[ArrayPart] = []

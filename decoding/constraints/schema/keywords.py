@@ -17,6 +17,7 @@ ENFORCED: dict[str, str] = {
     "minProperties": "above one only where it does not count undeclared keys", "maxProperties": "",
     "dependencies": "", "dependentRequired": "", "dependentSchemas": "",
     "allOf": "", "anyOf": "", "oneOf": "", "not": "", "if": "", "then": "", "else": "",
+    "unevaluatedProperties": "", "unevaluatedItems": "not beside contains",
     "$ref": "within the schema",
 }  # fmt: skip
 """Keyword to what is particular about it."""
@@ -36,8 +37,6 @@ REFUSED: dict[str, str] = {
     "extends": "of draft 3",
     "disallow": "of draft 3",
     "divisibleBy": "of draft 3",
-    "unevaluatedItems": "unless it allows everything",
-    "unevaluatedProperties": "unless it allows everything",
 }
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")

@@ -50,6 +50,8 @@ class ObjectPart:
     high: int | None = None
     some: frozenset[tuple[Keys, Formula]] = frozenset()
     """There is a member under one of the keys whose value satisfies the formula."""
+    evaluated: frozenset[Keys | str] = frozenset()
+    """Names and keys that `unevaluatedProperties` does not speak of. No condition; kept only where that is used."""
 
     def intersection(self, other: "ObjectPart") -> "ObjectPart | None":
         properties = dict(self.properties)
@@ -67,7 +69,13 @@ class ObjectPart:
         if high is not None and max(low, len(required)) > high:
             return None
         return ObjectPart(
-            tuple(properties.items()), tuple(regions.items()), required, low, high, self.some | other.some
+            tuple(properties.items()),
+            tuple(regions.items()),
+            required,
+            low,
+            high,
+            self.some | other.some,
+            self.evaluated | other.evaluated,
         )
 
     def complement(self, single: Single) -> list["ObjectPart"]:

@@ -6,13 +6,14 @@ from cadenza.decoding.constraints.schema.array_part import ArrayPart, Contains
 from cadenza.decoding.constraints.schema.formula import TRUE, Formula
 from cadenza.decoding.constraints.schema.reading import Keywords
 from cadenza.decoding.constraints.schema.shape import ANYTHING, Shape
+from cadenza.decoding.constraints.schema.unevaluated import mark_items
 
 
 def read_arrays(keywords: Keywords) -> Shape:
     unique = keywords.schema.get("uniqueItems", False)
     if not isinstance(unique, bool):
         raise keywords.wrong("uniqueItems", "must be true or false")
-    prefix, rest = _items(keywords)
+    prefix, rest, remainder = _items(keywords)
     part = ArrayPart(
         prefix,
         rest,
@@ -20,12 +21,16 @@ def read_arrays(keywords: Keywords) -> Shape:
         keywords.most("maxItems"),
         _contains(keywords),
         unique=keywords.where("uniqueItems") if unique else None,
+        evaluated=mark_items(keywords, len(prefix), remainder),
     ).intersection(ArrayPart())
     return replace(ANYTHING, arrays=() if part is None else (part,))
 
 
-def _items(keywords: Keywords) -> tuple[tuple[Formula, ...], Formula]:
-    """Before draft 2020-12 an array of schemas in `items` was what is `prefixItems` now."""
+def _items(keywords: Keywords) -> tuple[tuple[Formula, ...], Formula, str]:
+    """The first items, the others, and the keyword that speaks of these.
+
+    Before draft 2020-12 an array of schemas in `items` was what is `prefixItems` now.
+    """
     schema = keywords.schema
     if "prefixItems" in schema:
         if isinstance(schema.get("items"), list):
@@ -34,11 +39,12 @@ def _items(keywords: Keywords) -> tuple[tuple[Formula, ...], Formula]:
     elif isinstance(schema.get("items"), list):
         prefix, remainder = "items", "additionalItems"
     else:
-        return (), _schema(keywords, "items")
+        return (), _schema(keywords, "items"), "items"
     schemas = schema[prefix]
     if not isinstance(schemas, list):
         raise keywords.wrong(prefix, "must be an array of schemas")
-    return tuple(keywords.subschema(prefix, i) for i in range(len(schemas))), _schema(keywords, remainder)
+    first = tuple(keywords.subschema(prefix, i) for i in range(len(schemas)))
+    return first, _schema(keywords, remainder), remainder
 
 
 def _schema(keywords: Keywords, keyword: str) -> Formula:

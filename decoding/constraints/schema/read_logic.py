@@ -19,7 +19,7 @@ def read_logic(keywords: Keywords, shape: Shape) -> Shape:
         shape = _one(keywords, _members(keywords, "oneOf"), shape)
     if "not" in keywords:
         shape = meet(shape, _not(keywords, keywords.subschema("not")))
-    if "if" in keywords and ("then" in keywords or "else" in keywords):
+    if "if" in keywords and ("then" in keywords or "else" in keywords or context.marks_evaluated):
         shape = _conditional(keywords, shape)
     return shape
 
@@ -29,11 +29,26 @@ def _members(keywords: Keywords, keyword: str) -> list[Formula]:
 
 
 def _any(keywords: Keywords, members: list[Formula], shape: Shape) -> Shape:
+    context = keywords.context
+    if context.marks_evaluated:
+        return _any_apart(keywords, members, shape)
     union = NOTHING
     for member in members:
-        both = keywords.context.algebra.intersection(shape, keywords.context.shape(member))
-        union = keywords.context.algebra.union(union, both)
+        both = context.algebra.intersection(shape, context.shape(member))
+        union = context.algebra.union(union, both)
     return union
+
+
+def _any_apart(keywords: Keywords, members: list[Formula], shape: Shape) -> Shape:
+    """The same, with parts that are told apart by which members hold."""
+    context = keywords.context
+    held, unheld = NOTHING, shape
+    for member in members:
+        yes, no = context.shape(member), _not(keywords, member)
+        union, meet = context.algebra.union, context.algebra.intersection
+        held = context.prune(union(union(meet(held, yes), meet(held, no)), meet(unheld, yes)))
+        unheld = context.prune(meet(unheld, no))
+    return held
 
 
 def _not(keywords: Keywords, formula: Formula) -> Shape:

@@ -9,18 +9,21 @@ from cadenza.decoding.constraints.schema.pattern import Pattern, read_pattern
 from cadenza.decoding.constraints.schema.reading import Keywords
 from cadenza.decoding.constraints.schema.shape import ANYTHING, NOTHING, Shape
 from cadenza.decoding.constraints.schema.string_part import StringPart
+from cadenza.decoding.constraints.schema.unevaluated import mark_properties
 
 
 def read_objects(keywords: Keywords) -> Shape:
     properties = tuple(
         (name, keywords.subschema("properties", name)) for name in keywords.mapping("properties")
     )
+    regions = [*_patterns(keywords), *_additional(keywords)]
     part = ObjectPart(
         properties,
-        (*_patterns(keywords), *_additional(keywords), *_key_schema(keywords)),
+        (*regions, *_key_schema(keywords)),
         frozenset(keywords.names("required")),
         keywords.least("minProperties"),
         keywords.most("maxProperties"),
+        evaluated=mark_properties(keywords, regions),
     ).intersection(ObjectPart())
     shape = replace(ANYTHING, objects=() if part is None else (part,))
     return _dependencies(keywords, shape)

@@ -18,6 +18,7 @@ from cadenza.decoding.constraints.schema.read_scalars import (
 )
 from cadenza.decoding.constraints.schema.reading import Context, Keywords
 from cadenza.decoding.constraints.schema.shape import ANYTHING, NOTHING, Algebra, Shape
+from cadenza.decoding.constraints.schema.unevaluated import is_used, read_unevaluated
 
 _NUMERIC = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
 _TEXTUAL = frozenset({"minLength", "maxLength", "pattern", "format"})
@@ -62,6 +63,7 @@ class Reader:
             self.shape,
             self.emptiness.is_empty_shape,
             self.emptiness.prune,
+            is_used(document.root),
         )
         self._shapes: dict[tuple[int, bool], Shape] = {}
         self._open: set[int] = set()
@@ -132,9 +134,8 @@ class Reader:
             if not names.isdisjoint(schema):
                 shape = self.algebra.intersection(shape, read(keywords))
         for keyword in schema.keys() & REFUSED.keys():
-            if not (keyword.startswith("unevaluated") and schema[keyword] in (True, {})):
-                raise ConstraintError(f"{keyword} is not supported", keywords.where(keyword))
-        return read_logic(keywords, shape)
+            raise ConstraintError(f"{keyword} is not supported", keywords.where(keyword))
+        return read_unevaluated(keywords, read_logic(keywords, shape))
 
 
 class _Unfinished(Exception):

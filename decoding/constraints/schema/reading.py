@@ -28,6 +28,8 @@ class Context:
     is_empty_shape: Callable[[Shape], bool]
     """Certainly empty; False when in doubt."""
     prune: Callable[[Shape], Shape]
+    marks_evaluated: bool
+    """Whether parts keep what was evaluated, because some schema of the document asks."""
 
 
 @dataclass(frozen=True, slots=True)

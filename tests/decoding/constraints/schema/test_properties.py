@@ -54,6 +54,7 @@ def _larger(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         optional={
             "type": st.just("array"), "items": inner, "prefixItems": st.lists(inner, min_size=1, max_size=2),
             "minItems": st.integers(0, 2), "maxItems": st.integers(0, 3),
+            "unevaluatedItems": inner,
         },
     )  # fmt: skip
     containing = st.fixed_dictionaries(
@@ -81,6 +82,7 @@ def _larger(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
             "propertyNames": st.sampled_from([{"pattern": "^a"}, {"maxLength": 1}, {"enum": ["a", "z"]}]),
             "dependentRequired": st.dictionaries(names, st.lists(names, max_size=1), max_size=1),
             "dependentSchemas": st.dictionaries(names, inner, max_size=1),
+            "unevaluatedProperties": inner,
         },
     )
     several = st.lists(inner, min_size=1, max_size=3)

@@ -2,8 +2,8 @@
 
 import contextlib
 import json
+import resource
 import time
-import tracemalloc
 from typing import Any
 
 import pytest
@@ -42,9 +42,8 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"allOf": [{"$ref": "#"}]}, "leads back to itself", "#"),
     ({"not": {"$ref": "#"}}, "leads back to itself", "#"),
     ({"$schema": "http://json-schema.org/draft-03/schema#"}, "draft 3 is not supported", "#/$schema"),
-    ({"properties": {"x": {"unevaluatedProperties": False}}}, "unevaluatedProperties is not supported",
-     "#/properties/x/unevaluatedProperties"),
-    ({"unevaluatedItems": {"type": "null"}}, "unevaluatedItems is not supported", "#/unevaluatedItems"),
+    ({"properties": {"x": {"contains": {}, "unevaluatedItems": False}}},
+     "unevaluatedItems is not supported beside contains", "#/properties/x/unevaluatedItems"),
     ({"$dynamicRef": "#x"}, "$dynamicRef is not supported", "#/$dynamicRef"),
     ({"$recursiveRef": "#"}, "$recursiveRef is not supported", "#/$recursiveRef"),
     ({"divisibleBy": 2}, "divisibleBy is not supported", "#/divisibleBy"),
@@ -162,15 +161,12 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_schemas_end_soon(name):
-    tracemalloc.start()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     with contextlib.suppress(ConstraintError):
         schema_grammar(HOSTILE[name], SchemaOptions(), Effort())
-    elapsed = time.perf_counter() - started
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 200 * 1024 * 1024
-    assert elapsed < 8  # the limit is 1.5 s of an unburdened machine, without tracing
+    assert time.perf_counter() - started < 4  # the limit is 1 s of an unburdened machine
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # in units of 1 KiB
 
 
 def test_too_complex_is_told_apart():
