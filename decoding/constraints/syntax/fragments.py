@@ -5,9 +5,8 @@ A fragment therefore knows its size, and what would become too large, or risks t
 of rules and names.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from cadenza.decoding.constraints.automata.build import to_dfa
 from cadenza.decoding.constraints.automata.expression import (
@@ -70,64 +69,6 @@ def measured(expression: Expression, effort: Effort) -> Fragment:
     return Fragment(expression, size, depth, is_unbounded)
 
 
-_Other = TypeVar("_Other")
-
-
-def joined(parts: Sequence[Fragment | _Other], effort: Effort) -> list[Fragment | _Other]:
-    """The sequence with neighbouring fragments put together where that is allowed; empty ones dropped."""
-    result: list[Fragment | _Other] = []
-    run: list[Fragment] = []
-    for part in parts:
-        if isinstance(part, Fragment):
-            if part.expression != EPSILON:
-                run.append(part)
-        else:
-            result += [*_together(run, sequence, _MAX_SIZE, effort), part]
-            run = []
-    return result + _together(run, sequence, _MAX_SIZE, effort)
-
-
-def united(options: Sequence[Fragment], effort: Effort) -> list[Fragment]:
-    """As few fragments as are allowed that match what any of the options match."""
-    words = [option for option in options if _is_word(option.expression)]
-    others = [option for option in options if not _is_word(option.expression)]
-    return [
-        *_together(words, alternative, _MAX_WORDS, effort),
-        *_together(others, alternative, _MAX_SIZE, effort),
-    ]
-
-
-def _together(
-    fragments: list[Fragment],
-    combine: Callable[[Sequence[Fragment], Effort], Fragment | None],
-    limit: int,
-    effort: Effort,
-) -> list[Fragment]:
-    result: list[Fragment] = []
-    start = size = 0
-    for end, fragment in enumerate(fragments):
-        effort.spend()
-        if size + fragment.size > limit and end > start:
-            result += _halves(fragments[start:end], combine, effort)
-            start, size = end, 0
-        size += fragment.size
-    return result + _halves(fragments[start:], combine, effort)
-
-
-def _halves(
-    fragments: list[Fragment],
-    combine: Callable[[Sequence[Fragment], Effort], Fragment | None],
-    effort: Effort,
-) -> list[Fragment]:
-    if len(fragments) <= 1:
-        return fragments
-    whole = combine(fragments, effort)
-    if whole is not None:
-        return [whole]
-    middle = len(fragments) // 2
-    return [*_halves(fragments[:middle], combine, effort), *_halves(fragments[middle:], combine, effort)]
-
-
 def sequence(fragments: Sequence[Fragment], effort: Effort) -> Fragment | None:
     parts: list[Expression] = []
     for fragment in fragments:
@@ -142,31 +83,34 @@ def sequence(fragments: Sequence[Fragment], effort: Effort) -> Fragment | None:
 
 def alternative(fragments: Sequence[Fragment], effort: Effort) -> Fragment | None:
     options: list[Expression] = []
-    characters: list[tuple[int, int]] = []
     for fragment in fragments:
         inner = fragment.expression
-        for option in inner.options if isinstance(inner, Alternation) else (inner,):
-            if isinstance(option, CharSet):
-                characters.extend(option.ranges)
-            else:
-                options.append(option)
+        options.extend(inner.options if isinstance(inner, Alternation) else (inner,))
+    whole = union(options)
+    limit = _MAX_WORDS if is_word(whole) else _MAX_SIZE
+    return _allowed(whole, fragments, effort, limit)
+
+
+def union(options: Sequence[Expression]) -> Expression:
+    """Any of the options, with all single characters as one set."""
+    characters = [r for option in options if isinstance(option, CharSet) for r in option.ranges]
+    others: list[Expression] = [option for option in options if not isinstance(option, CharSet)]
     if characters:
-        options.append(CharSet.of(characters))
-    options = list(dict.fromkeys(options))
-    limit = _MAX_WORDS if all(_is_word(option) for option in options) else _MAX_SIZE
-    return _allowed(either(*options), fragments, effort, limit)
+        others.append(CharSet.of(characters))
+    return either(*dict.fromkeys(others))
+
+
+def is_word(expression: Expression) -> bool:
+    """Whether it is a text, a character, or a choice of such: its automaton is no larger than it is."""
+    if isinstance(expression, Alternation):
+        return all(isinstance(option, Literal | CharSet) for option in expression.options)
+    return isinstance(expression, Literal | CharSet)
 
 
 def repeated(fragment: Fragment, low: int, high: int | None, effort: Effort) -> Fragment | None:
     if (low, high) == (1, 1):
         return fragment
     return _allowed(Repeat(fragment.expression, low, high), [fragment], effort)
-
-
-def _is_word(expression: Expression) -> bool:
-    if isinstance(expression, Alternation):
-        return all(isinstance(option, Literal | CharSet) for option in expression.options)
-    return isinstance(expression, Literal | CharSet)
 
 
 def _allowed(

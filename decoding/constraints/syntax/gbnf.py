@@ -20,4 +20,4 @@ def gbnf_grammar(text: str, effort: Effort) -> Grammar:
             effort.spend()
             if reference.name not in rules:
                 raise source.error(f"rule {reference.name!r} is not defined", reference.position)
-    return to_grammar(rules, _START, effort)
+    return to_grammar(rules, _START, effort, has_lexemes=False)

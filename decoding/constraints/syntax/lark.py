@@ -16,7 +16,7 @@ from cadenza.decoding.constraints.syntax.lark_reader import LarkGrammar, read_la
 from cadenza.decoding.constraints.syntax.lark_spacing import Spacing, spacing
 from cadenza.decoding.constraints.syntax.lark_templates import without_templates
 from cadenza.decoding.constraints.syntax.lark_terminals import terminal_expressions
-from cadenza.decoding.constraints.syntax.lowering import to_grammar
+from cadenza.decoding.constraints.syntax.lowering import to_grammar, united_words
 from cadenza.decoding.constraints.syntax.rules import (
     Body,
     Complement,
@@ -44,7 +44,8 @@ def lark_grammar(text: str, effort: Effort) -> Grammar:
     spaced = _Spaced(terminals, space, grammar, effort)
     rules = {name: spaced.body(body) for name, body in rules.items()}
     rules[_WHOLE] = ((Reference(_START, 0), space.at_end()),)
-    return to_grammar(rules, _WHOLE, effort, _schema_grammars(grammar, effort))
+    schemas = _schema_grammars(grammar, effort)
+    return to_grammar(rules, _WHOLE, effort, has_lexemes=True, grammars=schemas)
 
 
 def _used(rules: Mapping[str, Body], terminals: Mapping[str, Expression]) -> set[Expression]:
@@ -95,7 +96,7 @@ class _Spaced:
 
     def body(self, body: Body) -> Body:
         options: list[tuple[Item, ...]] = []
-        for option in body:
+        for option in united_words(body):
             items: list[Item] = []
             for item in option:
                 self.effort.spend()

@@ -1,33 +1,38 @@
 """Rules in extended Backus-Naur form to a Grammar.
 
-Names stand for rules or for whole grammars written elsewhere. Parts that are regular become one terminal, however
-many rules they are spread over (see `fragments`): the parser then follows an automaton instead of a chart. Knows
-nothing of how rules are written.
+Names stand for rules or for whole grammars written elsewhere. Regular parts may become single terminals, which is
+cheaper to follow; how far that should go depends on what the language's terminals are. Knows nothing of how rules
+are written.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
-from cadenza.decoding.constraints.grammar.grammar import Grammar, GrammarBuilder, Production
+from cadenza.decoding.constraints.automata.expression import EPSILON, Expression
+from cadenza.decoding.constraints.grammar.grammar import Grammar, GrammarBuilder, Production, Symbol
 from cadenza.decoding.constraints.limits import Effort
-from cadenza.decoding.constraints.syntax.fragments import Fragment, joined, measured, repeated, united
-from cadenza.decoding.constraints.syntax.regular import regular_rules
-from cadenza.decoding.constraints.syntax.rules import (
-    Body,
-    Complement,
-    Group,
-    Intersection,
-    Item,
-    Reference,
-)
+from cadenza.decoding.constraints.syntax.fragments import Fragment, is_word, union
+from cadenza.decoding.constraints.syntax.regular import regular_body, regular_rules
+from cadenza.decoding.constraints.syntax.rules import Body, Complement, Group, Intersection, Item, Reference
 
 
 def to_grammar(
-    rules: Mapping[str, Body], start: str, effort: Effort, grammars: Mapping[str, Grammar] | None = None
+    rules: Mapping[str, Body],
+    start: str,
+    effort: Effort,
+    *,
+    has_lexemes: bool,
+    grammars: Mapping[str, Grammar] | None = None,
 ) -> Grammar:
-    """The grammar of the rules that `start` reaches. Every name referred to must be one of `rules` or `grammars`."""
-    lowering = _Lowering(rules, grammars or {}, regular_rules(rules, effort), GrammarBuilder(effort))
+    """The grammar of the rules that `start` reaches. Every name referred to must be one of `rules` or `grammars`.
+
+    has_lexemes: the terminals are words already, as their author divided the language. Then they stay apart, unless
+    the language as a whole is regular. Otherwise they are characters, and regular rules become terminals.
+    """
+    regular = regular_rules(rules, effort)
+    if start in regular:
+        return GrammarBuilder(effort).build(regular[start].expression)
+    lowering = _Lowering(rules, grammars or {}, None if has_lexemes else regular, GrammarBuilder(effort))
     return lowering.grammar(start)
 
 
@@ -45,26 +50,34 @@ def add_grammar(builder: GrammarBuilder, grammar: Grammar, prefix: str) -> str:
     return f"{prefix}/{grammar.start}"
 
 
-Part: TypeAlias = Fragment | str
-"""Of a sequence: a regular stretch, or the name of a rule."""
+def united_words(body: Body) -> Body:
+    """The alternatives that are words as one: thousands of them make one automaton."""
+    words: list[Expression] = []
+    others: list[tuple[Item, ...]] = []
+    for option in body:
+        only = option[0] if len(option) == 1 else None
+        if isinstance(only, Expression) and is_word(only):
+            words.append(only)
+        else:
+            others.append(option)
+    return body if len(words) < 2 else ((union(words),), *others)
 
 
 @dataclass(slots=True)
 class _Lowering:
     rules: Mapping[str, Body]
     grammars: Mapping[str, Grammar]
-    regular: Mapping[str, Fragment]
+    regular: Mapping[str, Fragment] | None
+    """None: terminals stay as they are."""
     builder: GrammarBuilder
     _added: dict[str, str] = field(default_factory=dict)
     _pending: list[str] = field(default_factory=list)
 
     def grammar(self, start: str) -> Grammar:
-        if start in self.regular:
-            return self.builder.build(self.regular[start].expression)
         name = self._rule(start)
         while self._pending:
             rule = self._pending.pop()
-            self.builder.add(self._added[rule], self._productions(self._alternatives(self.rules[rule])))
+            self.builder.add(self._added[rule], self._productions(self.rules[rule]))
         return self.builder.build(name)
 
     def _rule(self, name: str) -> str:
@@ -76,50 +89,44 @@ class _Lowering:
                 self._pending.append(name)
         return self._added[name]
 
-    def _alternatives(self, body: Body) -> list[list[Part]]:
-        """The options as sequences of parts; options that are regular as one."""
-        options: list[list[Part]] = []
-        regular: list[Fragment] = []
-        for sequence in body:
+    def _productions(self, body: Body) -> list[Production]:
+        """Recursion is as deep as brackets are nested, three calls a level."""
+        productions: list[Production] = []
+        for sequence in united_words(body):
             self.builder.effort.spend()
-            parts = self._parts(sequence)
-            if len(parts) == 1 and isinstance(parts[0], Fragment):
-                regular.append(parts[0])
-            else:
-                options.append(parts)
-        together: list[list[Part]] = [[fragment] for fragment in united(regular, self.builder.effort)]
-        return together + options
+            production: list[Symbol] = []
+            for item in sequence:
+                production.extend(self._symbols(item))
+            productions.append(tuple(production))
+        return productions
 
-    def _parts(self, sequence: Sequence[Item]) -> list[Part]:
-        """Recursion is as deep as brackets are nested, two calls a level."""
-        parts: list[Part] = []
-        for item in sequence:
-            self.builder.effort.spend()
-            if isinstance(item, Reference):
-                parts.append(self.regular.get(item.name) or self._rule(item.name))
-            elif isinstance(item, Group):
-                parts += self._group(item, self._alternatives(item.options))
-            else:
-                assert not isinstance(item, Intersection | Complement)
-                parts.append(measured(item, self.builder.effort))
-        return joined(parts, self.builder.effort)
+    def _symbols(self, item: Item) -> Sequence[Symbol]:
+        self.builder.effort.spend()
+        if isinstance(item, Reference):
+            known = self.regular.get(item.name) if self.regular is not None else None
+            return [self._rule(item.name)] if known is None else _unless_empty(known.expression)
+        if isinstance(item, Group):
+            return self._group(item)
+        assert not isinstance(item, Intersection | Complement)
+        return _unless_empty(item)
 
-    def _group(self, group: Group, options: list[list[Part]]) -> list[Part]:
-        if len(options) == 1 and len(options[0]) == 1 and isinstance(options[0][0], Fragment):
-            fragment = repeated(options[0][0], group.low, group.high, self.builder.effort)
+    def _group(self, group: Group) -> Sequence[Symbol]:
+        if self.regular is not None:
+            fragment = regular_body(((group,),), self.regular, self.builder.effort)
             if fragment is not None:
-                return [fragment]
-        if len(options) == 1 and (group.low, group.high) == (1, 1):
-            return options[0]
-        productions = self._productions(options)
+                return _unless_empty(fragment.expression)
+        productions = self._productions(group.options)
+        if len(productions) == 1 and (group.low, group.high) == (1, 1):
+            return productions[0]
         if (group.low, group.high) == (0, 1):
             return [self.builder.choice([(), *productions], "optional")]
-        name = self.builder.choice(productions)
-        repetition = self.builder.repeat(name, group.low, group.high)
-        return [repetition if isinstance(repetition, str) else measured(repetition, self.builder.effort)]
+        symbol: Symbol
+        if len(productions) == 1 and len(productions[0]) == 1:
+            symbol = productions[0][0]
+        else:
+            symbol = self.builder.choice(productions)
+        return _unless_empty(self.builder.repeat(symbol, group.low, group.high))
 
-    def _productions(self, options: list[list[Part]]) -> list[Production]:
-        return [
-            tuple(part.expression if isinstance(part, Fragment) else part for part in parts)
-            for parts in options
-        ]
+
+def _unless_empty(symbol: Symbol) -> Sequence[Symbol]:
+    return [] if symbol == EPSILON else [symbol]

@@ -22,6 +22,11 @@ from cadenza.decoding.constraints.syntax.rules import (
 )
 
 
+def regular_body(body: Body, known: Mapping[str, Fragment], effort: Effort) -> Fragment | None:
+    """Of a part of a rule, given the rules that are known to be regular."""
+    return _Rule("", known, effort).fragment(body)
+
+
 def regular_rules(rules: Mapping[str, Body], effort: Effort) -> dict[str, Fragment]:
     """The rules whose fragments stay small, each once all that it refers to are known."""
     needs = {name: {r.name for r in references(body)} - {name} for name, body in rules.items()}

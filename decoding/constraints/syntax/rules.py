@@ -94,7 +94,9 @@ class OpenGroup:
         self.is_negated = False
 
     def repeat(self, low: int, high: int | None) -> None:
-        self.items[-1] = Group(((self.items[-1],),), low, high)
+        last = self.items[-1]
+        once = isinstance(last, Group) and (last.low, last.high) == (1, 1)
+        self.items[-1] = Group(last.options if isinstance(last, Group) and once else ((last,),), low, high)
         self.may_repeat = False
 
     def next_operand(self) -> None:

@@ -2,6 +2,7 @@
 
 import resource
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -168,6 +169,24 @@ def test_hostile_grammars_end_soon(name: str) -> None:
     assert time.process_time() - started < 1
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 200 * 1024
     assert outcome or name in MAY_PASS
+
+
+@pytest.mark.parametrize(
+    ("text", "member", "other"),
+    [
+        ("root ::= " + "(" * 198 + '"a" root "a" | "b"' + ")*" * 198, "abbab", "ab"),
+        ("start: " + "(" * 198 + '"a" start "a" | "b"' + ")*" * 198, "abbab", "ab"),
+        ("start: A\nA: " + "(" * 98 + '"a" /x/' + ")*" * 98, "axax", "axa"),
+        ("start: " + "[" * 198 + '"a" t{t{t{"b"}}}' + "]" * 198 + '\nt{x}: "<" x ">"', "a<<<b>>>", "a<<b>>"),
+    ],
+    ids=["gbnf", "lark", "terminal", "template"],
+)
+def test_brackets_nested_up_to_the_limit(
+    text: str, member: str, other: str, grammar: Callable[[str], Callable[[str], bool]]
+) -> None:
+    accepts = grammar(text)
+    assert accepts(member)
+    assert not accepts(other)
 
 
 def test_choice_is_its_options_and_nothing_else() -> None:
