@@ -1,11 +1,12 @@
 """Cuts a terminal into lexemes: rules over pieces that match exactly what the terminal does.
 
 A piece ends where the terminal ends and before each of the bytes given, so that a greedy lexer cannot run past the
-places where something else may begin. The rules are right-linear over the states of the terminal's automaton;
+places where something else may begin. The rules are left-linear over the states of the terminal's automaton, which
+costs an Earley parser the same work at every character where right-linear ones cost it more and more;
 pieces become expressions again by elimination of states (Brzozowski and McCluskey; equations by Arden's rule).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -25,7 +26,7 @@ from cadenza.decoding.constraints.automata.expression import (
 from cadenza.decoding.constraints.limits import Effort
 from cadenza.decoding.constraints.llguidance_automata import members_of, trimmed
 from cadenza.decoding.constraints.llguidance_characters import ALL_BYTES, Characters, Edges
-from cadenza.decoding.constraints.llguidance_symbols import Code, Sequence, Symbols, Terminal
+from cadenza.decoding.constraints.llguidance_symbols import Code, Symbols, Terminal
 
 Exit: TypeAlias = tuple[bool, tuple[tuple[int, CharSet], ...]]
 """What may come after a piece: whether the terminal may end, and the edges into the next piece."""
@@ -50,17 +51,17 @@ def cut_terminal(symbols: Symbols, terminal: Terminal, places: dict[int, int]) -
 
 
 def _cut_everywhere(symbols: Symbols, characters: Characters) -> Code:
-    """Every character a lexeme: a rule for each state of the automaton."""
+    """Every character a lexeme. A rule for each state of the automaton: the texts that lead to it."""
     rules = {state: symbols.add_rule() for state in characters.states}
     for state, rule in rules.items():
-        alternatives: list[Sequence] = [()] if characters.dfa.accepting[state] else []
         for target, chars in characters.edges(state, ALL_BYTES).items():
             symbols.effort.spend()
             code = symbols.symbol(chars)
             assert code is not None
-            alternatives.append((code, rules[target]))
-        symbols.rules[~rule] = alternatives
-    return rules[0]
+            symbols.rules[~rules[target]].append((rule, code))
+            if state == 0:
+                symbols.rules[~rules[target]].append((code,))
+    return symbols.add_rule([(rule,) for state, rule in rules.items() if characters.dfa.accepting[state]])
 
 
 def _cut_literal(symbols: Symbols, text: bytes, places: Iterable[int]) -> Code:
@@ -89,30 +90,24 @@ class _Pieces:
         return len(self._exits) ** 2 <= 4 * len(self._characters.states) + 16
 
     def rules(self) -> Code:
-        after = {key: self._symbols.add_rule() for key in self._exits if key[1]}
-        table = self._table()
-        exits = [
-            (after.get(key), _Ends(self._inside, table, states, self._symbols.effort))
-            for key, states in self._exits.items()
-        ]
-        for key, code in after.items():
-            state = self._exits[key][0]
-            self._symbols.rules[~code] = [()] if key[0] else []
-            self._symbols.rules[~code] += self._sequences(state, self._places[state], exits)
-        return self._symbols.add_rule(self._sequences(0, ALL_BYTES, exits))
+        """For each kind of exit a rule, the texts that lead to it; those of an end are the terminal's."""
+        table, effort = self._table(), self._symbols.effort
+        rules = {key: self._symbols.add_rule() for key in self._exits}
+        for key, states in self._exits.items():
+            ends = _Ends(self._inside, table, states, effort)
+            sequences = self._symbols.rules[~rules[key]]
+            sequences += [(piece,) for piece in self._pieces(ends, 0, ALL_BYTES)]
+            for before, rule in rules.items():
+                if before[1]:
+                    state = self._exits[before][0]
+                    sequences += [(rule, piece) for piece in self._pieces(ends, state, self._places[state])]
+        return self._symbols.add_rule([(rule,) for key, rule in rules.items() if key[0]])
 
-    def _sequences(
-        self, state: int, mask: int, exits: "list[tuple[Code | None, _Ends]]"
-    ) -> list[tuple[Code, ...]]:
-        """Pieces that begin at a state with a byte of the mask, each followed by what may come after it."""
-        sequences: list[tuple[Code, ...]] = []
-        edges = self._characters.edges(state, mask)
-        for rule, ends in exits:
-            piece = ends.piece(edges)
-            if piece is not None:
-                code = self._symbols.add_piece(piece, ends.automaton(self._row(state, mask)))
-                sequences.append((code,) if rule is None else (code, rule))
-        return sequences
+    def _pieces(self, ends: "_Ends", state: int, mask: int) -> Iterator[Code]:
+        """The one, if any, that begins at the state with a byte of the mask."""
+        piece = ends.piece(self._characters.edges(state, mask))
+        if piece is not None:
+            yield self._symbols.add_piece(piece, ends.automaton(self._row(state, mask)))
 
     def _row(self, state: int, mask: int) -> NDArray[np.int32]:
         dfa = self._characters.dfa

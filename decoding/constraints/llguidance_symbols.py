@@ -136,7 +136,27 @@ def symbols_of(grammar: Grammar, effort: Effort) -> Symbols:
             if None not in sequence:
                 symbols.rules[~code].append(tuple(s for s in sequence if s is not None))
     prune(symbols)
+    _recurse_left(symbols)
     return symbols
+
+
+def _recurse_left(symbols: Symbols) -> None:
+    """R: b | a R becomes R: A b and A: | A a. An Earley parser completes all of a right-recursive list again at each
+    of its items; a left-recursive list costs it the same at every item.
+    """
+    for rule in range(len(symbols.rules)):
+        code = ~rule
+        alternatives = symbols.rules[rule]
+        repeated = [s[:-1] for s in alternatives if s and s[-1] == code]
+        if not repeated or any(s and s[0] == code for s in alternatives):
+            continue
+        last = [s for s in alternatives if not s or s[-1] != code]
+        if last == [()]:
+            symbols.rules[rule] = [(), *((code, *sequence) for sequence in repeated)]
+            continue
+        many = symbols.add_rule([()])
+        symbols.rules[~many] += [(many, *sequence) for sequence in repeated]
+        symbols.rules[rule] = [(many, *sequence) for sequence in last]
 
 
 def _start_first(grammar: Grammar) -> Iterator[str]:
