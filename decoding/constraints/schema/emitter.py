@@ -1,8 +1,11 @@
 """From shapes to the rules of a grammar: one rule for each thing that is asked of a value."""
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from cadenza.decoding.constraints.automata.expression import Alternation, Expression, Literal, either
+from cadenza.decoding.constraints.errors import ConstraintError
 from cadenza.decoding.constraints.grammar.grammar import GrammarBuilder, Production, Symbol
 from cadenza.decoding.constraints.limits import Effort
 from cadenza.decoding.constraints.schema.array_rules import ArrayRules
@@ -25,29 +28,42 @@ class Emitter:
         self.builder = GrammarBuilder(effort)
         self.punctuation = punctuation(options.whitespace, effort)
         self._symbols: dict[Formula, Symbol] = {}
-        self._waiting: deque[tuple[str, Shape]] = deque()
+        self._waiting: deque[tuple[str, Formula, Shape]] = deque()
 
     def grammar_rules(self, start: Formula) -> str:
         name = self.builder.sequence(self.value(start), hint="start")
         while self._waiting:
-            rule, shape = self._waiting.popleft()
-            self.builder.add(rule, self._productions(shape))
+            rule, formula, shape = self._waiting.popleft()
+            with self._placed(formula):
+                self.builder.add(rule, self._productions(shape))
         return name
 
     def value(self, formula: Formula) -> Symbol:
         """What derives the JSON texts of the values that satisfy the formula."""
         if formula not in self._symbols:
-            shape = self.reader.emptiness.prune(self.reader.shape(formula))
-            self._symbols[formula] = self._symbol(shape)
+            with self._placed(formula):
+                shape = self.reader.emptiness.prune(self.reader.shape(formula))
+                self._symbols[formula] = self._symbol(formula, shape)
         return self._symbols[formula]
 
-    def _symbol(self, shape: Shape) -> Symbol:
+    @contextmanager
+    def _placed(self, formula: Formula) -> Iterator[None]:
+        """Say in errors without a place which schema they come from."""
+        try:
+            yield
+        except ConstraintError as error:
+            if error.where is not None or not formula:
+                raise
+            where = self.reader.document.nodes[min(formula)[0]].where
+            raise type(error)(str(error), where) from None
+
+    def _symbol(self, formula: Formula, shape: Shape) -> Symbol:
         if not shape.arrays and not shape.objects:
             scalars = self._scalars(shape)
             if len(scalars) == 1:
                 return scalars[0]
         name = self.builder.fresh("value")
-        self._waiting.append((name, shape))
+        self._waiting.append((name, formula, shape))
         return name
 
     def _productions(self, shape: Shape) -> list[Production]:

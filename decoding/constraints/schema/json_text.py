@@ -9,7 +9,6 @@ complement within the canonical texts. Knows nothing of schemas.
 import json
 
 from cadenza.decoding.constraints.automata.expression import (
-    ANY_CHAR,
     Alternation,
     And,
     CharSet,
@@ -28,7 +27,6 @@ QUOTE = Literal('"')
 
 _ESCAPED = CharSet.of([(0, 0x1F), (ord('"'), ord('"')), (ord("\\"), ord("\\"))])
 _RAW = _ESCAPED.complement()
-_DIGIT = CharSet.of([(ord("0"), ord("9"))])
 _HEX = CharSet.of([(ord("0"), ord("9")), (ord("a"), ord("f")), (ord("A"), ord("F"))])
 
 
@@ -102,6 +100,3 @@ ANY_STRING = concat(QUOTE, star(_any_string_character()), QUOTE)
 
 def quoted(text: Expression) -> Expression:
     return concat(QUOTE, text, QUOTE)
-
-
-__all__ = ["ANY_CHAR", "ANY_STRING", "CANONICAL_CHARACTER", "CANONICAL_TEXT", "encode", "quoted", "spelling"]

@@ -1,6 +1,6 @@
 """Sets of numbers as a schema describes them, closed under intersection and complement. Knows no notation."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from math import ceil, floor, gcd, lcm
@@ -103,9 +103,6 @@ class NumberPart:
         start = ceil(first) + (first.denominator == 1 and not self.low.inclusive)
         end = floor(last) - (last.denominator == 1 and not self.high.inclusive)
         return range(start, end + 1)
-
-    def without_bounds(self) -> "NumberPart":
-        return replace(self, low=None, high=None)
 
 
 def _gcd_of_denominators(steps: set[Fraction]) -> int:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from fractions import Fraction
 
-from cadenza.decoding.constraints.automata.expression import And, Expression, Literal, Not, either
+from cadenza.decoding.constraints.automata.expression import NOTHING, And, Expression, Literal, Not, either
 from cadenza.decoding.constraints.errors import ConstraintTooComplex
 from cadenza.decoding.constraints.grammar.grammar import GrammarBuilder, Symbol
 from cadenza.decoding.constraints.limits import Effort
@@ -30,9 +30,13 @@ def number_symbols(
             terminals.update((Literal(numeral(value)), None) for value in values)
         elif isinstance(symbol := _symbol(part, builder, effort), str):
             rules.append(symbol)
-        elif not no_text(symbol):
+        elif symbol != NOTHING and (_only_bounded(part) or not no_text(symbol)):
             terminals[symbol] = None
     return [either(*terminals), *rules] if terminals else rules
+
+
+def _only_bounded(part: NumberPart) -> bool:
+    return part == NumberPart(part.low, part.high, part.integral)
 
 
 def listed(part: NumberPart, most: int) -> list[Fraction] | None:
@@ -64,7 +68,7 @@ def _symbol(part: NumberPart, builder: GrammarBuilder, effort: Effort) -> Symbol
         if isinstance(symbol, str) and part.excluded:
             raise ConstraintTooComplex("multipleOf is not supported beside excluded numbers")
     else:
-        symbol = either(*_notations(part))
+        symbol = either(*(option for option in _notations(part) if option != NOTHING))
     return _without(symbol, part.excluded) if part.excluded and not isinstance(symbol, str) else symbol
 
 

@@ -62,7 +62,6 @@ _HUNDREDTHS = either(
 )
 _SMALL = concat(NONZERO, optional(_FRACTION), CharSet.chars("eE"), MINUS, _HUNDREDTHS)
 """Above zero and below one, in any rounding."""
-ANY_INTEGER = concat(optional(MINUS), _natural(INTEGER_DIGITS))
 ANY_NUMBER = concat(
     optional(MINUS),
     either(

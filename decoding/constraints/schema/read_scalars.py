@@ -4,15 +4,17 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from cadenza.decoding.constraints.errors import ConstraintError
+from cadenza.decoding.constraints.errors import ConstraintError, ConstraintTooComplex
 from cadenza.decoding.constraints.schema import formats
-from cadenza.decoding.constraints.schema.formula import Formula
 from cadenza.decoding.constraints.schema.keywords import TYPES
 from cadenza.decoding.constraints.schema.number_part import Bound, NumberPart, decimal, exact
 from cadenza.decoding.constraints.schema.pattern import read_pattern
 from cadenza.decoding.constraints.schema.reading import Keywords
 from cadenza.decoding.constraints.schema.shape import ANYTHING, NOTHING, Shape
 from cadenza.decoding.constraints.schema.string_part import StringPart
+
+_LARGEST = 10**400
+"""Beyond every double; the notation of such bounds is not worth its size."""
 
 
 def read_type(keywords: Keywords) -> Shape:
@@ -118,6 +120,8 @@ def _bounded(keywords: Keywords, part: NumberPart, keyword: str, is_low: bool) -
     if not is_flag and (value := keywords.number(exclusive)) is not None:
         bounds.append(Bound(exact(value), False))
     for bound in bounds:
+        if abs(bound.value) >= _LARGEST:
+            raise ConstraintTooComplex(f"{keyword} has more than 400 digits", keywords.where(keyword))
         other = NumberPart(low=bound) if is_low else NumberPart(high=bound)
         part = _conjoined(part, other)
     return part
@@ -152,8 +156,3 @@ def _formatted(keywords: Keywords, name: str) -> StringPart:
     if name not in formats.PATTERNS:
         raise ConstraintError(f"format {name!r} is not supported", keywords.where("format"))
     return StringPart(formats=frozenset({(formats.format_expression(name), name, keywords.where("format"))}))
-
-
-def key_strings(keywords: Keywords, formula: Formula) -> tuple[StringPart, ...]:
-    """The keys that a schema for keys allows."""
-    return keywords.context.shape(formula).strings

@@ -120,10 +120,7 @@ class Reader:
             return self.shape(node.formula)
         if node.schema is False:
             return NOTHING
-        try:
-            return self._keywords(Keywords(node, self._context))
-        except ConstraintTooComplex as error:
-            raise error if error.where is not None else ConstraintTooComplex(str(error), node.where) from None
+        return self._keywords(Keywords(node, self._context))
 
     def _keywords(self, keywords: Keywords) -> Shape:
         schema = keywords.schema
