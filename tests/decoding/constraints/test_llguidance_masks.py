@@ -247,6 +247,18 @@ def test_long_texts_do_not_use_the_lexers_fuel_up() -> None:
     assert mask(matcher.fork(), vocabulary) == mask(matcher, vocabulary)
 
 
+def test_long_lists_cost_no_more_than_short_ones() -> None:
+    """Right recursion, as the grammar has it, would complete all items again at each: a row of thousands."""
+    vocabulary, tables, text = small()
+    matcher = MaskMatcher.build(text, tables)
+    for token_id in ids(vocabulary, "[" + "1, " * 3000 + "1"):
+        matcher.advance(token_id)
+        mask(matcher, vocabulary)
+    for token_id in ids(vocabulary, "]"):
+        matcher.advance(token_id)
+    assert matcher.is_accepting
+
+
 def test_matchers_work_in_threads() -> None:
     vocabulary, tables, text = small()
     compiled = compile_grammar(LISTS, Effort())
