@@ -55,7 +55,13 @@ def _context_free(grammar: Grammar, vocabulary: Vocabulary, effort: Effort) -> C
     shortest = vocabulary.segment(Parser(compiled).completion())
     if shortest is None:
         raise ConstraintError("the model's vocabulary cannot spell the constraint's shortest text")
-    return CompiledContextFree(compiled, text, len(shortest))
+    closing = {
+        terminal.best_byte[state]
+        for terminal in compiled.terminals
+        for state, is_end in enumerate(terminal.accepting)
+        if not is_end
+    }
+    return CompiledContextFree(compiled, text, len(shortest), vocabulary.spells(closing))
 
 
 def _grammar(spec: ConstraintSpec, effort: Effort) -> Grammar:

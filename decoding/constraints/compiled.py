@@ -24,6 +24,8 @@ class CompiledContextFree:
     text: str
     min_tokens: int
     """Tokens of a shortest complete answer, counted in bytes."""
+    spells_completions: bool
+    """Each byte of any shortest completion is a token: none needs more tokens than it has bytes."""
 
 
 Compiled: TypeAlias = CompiledFinite | CompiledContextFree

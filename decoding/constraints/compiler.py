@@ -98,8 +98,9 @@ class ConstraintCompiler:
         with self._tables_lock:
             if self._tables is None:
                 text, with_added = self._vocabularies()
-                plain = TokenTables(text, self._encode)
-                self._tables = plain, plain if with_added is text else TokenTables(with_added, self._encode)
+                plain = TokenTables(text, self._encode).prepared()
+                tags = plain if with_added is text else TokenTables(with_added, self._encode).prepared()
+                self._tables = plain, tags
             return self._tables
 
 

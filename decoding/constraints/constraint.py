@@ -7,6 +7,7 @@ from functools import cached_property
 from cadenza.decoding.constraints.compiled import Compiled, CompiledFinite
 from cadenza.decoding.constraints.finite import FiniteMatcher
 from cadenza.decoding.constraints.grammar.parser import Parser
+from cadenza.decoding.constraints.grammar_masks import GrammarMasks
 from cadenza.decoding.constraints.llguidance_masks import MaskMatcher, MaskTables
 from cadenza.decoding.constraints.matcher import GrammarMatcher, Matcher
 from cadenza.decoding.constraints.spec import ConstraintSpec
@@ -23,9 +24,16 @@ class TokenTables:
     vocabulary: Vocabulary
     encode: Encode
 
+    def prepared(self) -> "TokenTables":
+        """The same, with everything made that would otherwise be made when first needed."""
+        self.vocabulary.prepare()
+        assert self.masks is not None or not self.vocabulary.eos_ids
+        return self
+
     @cached_property
-    def masks(self) -> MaskTables:
-        return MaskTables(self.vocabulary)
+    def masks(self) -> MaskTables | None:
+        """None for a model without a token that ends an answer: it has finite constraints only."""
+        return MaskTables(self.vocabulary) if self.vocabulary.eos_ids else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +54,12 @@ class Constraint:
         tables, compiled = self.tables, self.compiled
         if isinstance(compiled, CompiledFinite):
             return FiniteMatcher(compiled.automaton, tables.vocabulary, tables.encode)
-        text = compiled.text
+        text, masks = compiled.text, tables.masks
+        assert masks is not None
         return GrammarMatcher(
             Parser(compiled.grammar),
             tables.vocabulary,
-            lambda: MaskMatcher.build(text, tables.masks),
+            compiled.spells_completions,
+            GrammarMasks(tables.vocabulary, lambda: MaskMatcher.build(text, masks)),
             tables.encode,
         )

@@ -27,13 +27,16 @@ _REFUEL_EVERY = 16
 """Tokens that may be consumed before a mask is computed, which is when the lexer gets new fuel."""
 
 
+_MAX_ITEMS = 20_000
+"""Of a mask; some 40 ms of work. Masks of grammars that are not ambiguous take some hundreds."""
+
+
 def _limits() -> LLParserLimits:
-    """High enough for whatever our own limits let through; they bound the work of one mask, not its time."""
     return LLParserLimits(
         max_items_in_row=20_000,
         initial_lexer_fuel=10_000_000,
         step_lexer_fuel=2_000_000,
-        step_max_items=1_000_000,
+        step_max_items=_MAX_ITEMS,
         max_grammar_size=2_000_000,
         verbose_errors=False,
     )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cadenza.decoding.constraints.errors import MatcherError
 from cadenza.decoding.constraints.grammar.parser import Parser
-from cadenza.decoding.constraints.llguidance_masks import MaskMatcher
+from cadenza.decoding.constraints.grammar_masks import GrammarMasks
 from cadenza.decoding.constraints.vocabulary import Vocabulary
 
 Bitmask = NDArray[np.int32]
@@ -52,15 +52,15 @@ class Matcher(Protocol):
 
 @dataclass(slots=True)
 class GrammarMatcher:
-    """llguidance fills the masks; our own parser of the same grammar knows the shortest completion."""
+    """The masks say what may come next, our parser of the same grammar how soon the text can be complete."""
 
     parser: Parser
     vocabulary: Vocabulary
-    build_masks: Callable[[], MaskMatcher]
+    spells_completions: bool
+    """No completion needs more tokens than it has bytes."""
+    masks: GrammarMasks
     encode: Callable[[bytes], list[int] | None]
     """The model's own tokenization of some text, None where it has none."""
-    _masks: MaskMatcher | None = None
-    """Made when the first mask is asked for, which is off the engine's thread."""
     _completion: list[int] | None = None
     """Tokens that complete the text from here, where they have been looked for."""
     limited: bool = False
@@ -73,14 +73,8 @@ class GrammarMatcher:
     def is_ended(self) -> bool:
         return self.parser.is_ended
 
-    @property
-    def masks(self) -> MaskMatcher:
-        if self._masks is None:
-            self._masks = self.build_masks()
-        return self._masks
-
     def fill(self, row: Bitmask, remaining: int) -> None:
-        self.masks.fill(row)
+        self.masks.fill(row, self.parser)
         # the parser decides when the text is complete; a model may have several tokens that end it
         words, ends = row.view(np.uint32), self.vocabulary.eos_ids
         for token_id in ends:
@@ -91,12 +85,15 @@ class GrammarMatcher:
     def accept(self, token_id: int, remaining: int) -> int:
         if token_id in self.vocabulary.eos_ids:
             return token_id
-        if not self._try(token_id, remaining):
-            self.limited = True
-            token_id = self._complete(remaining)[0]
-            self._follow(token_id)
-            self.masks.advance(token_id)
-        return token_id
+        if self._try(token_id, remaining):
+            return token_id
+        self.limited = True
+        completion = self._complete(remaining)
+        if not completion:  # complete as it is, and what the model would add has no room for its own end
+            return self.vocabulary.eos_ids[0]
+        self._follow(completion[0])
+        self.masks.advance(completion[0])
+        return completion[0]
 
     def forced(self, remaining: int) -> list[int]:
         run = self.parser.forced(_MAX_FORCED_BYTES)
@@ -108,8 +105,7 @@ class GrammarMatcher:
         return appended
 
     def fork(self) -> "GrammarMatcher":
-        masks = None if self._masks is None else self._masks.fork()
-        return replace(self, parser=self.parser.fork(), _masks=masks)
+        return replace(self, parser=self.parser.fork(), masks=self.masks.fork())
 
     def _try(self, token_id: int, remaining: int) -> bool:
         """Go on by the token if the text can then still be completed; nothing changes otherwise."""
@@ -131,7 +127,7 @@ class GrammarMatcher:
 
     def _fits(self, budget: int) -> bool:
         """Whether the text can be completed in `budget` tokens. Fewer bytes than that are enough to know."""
-        if self.vocabulary.covers_utf8 and self.parser.min_bytes() <= budget:
+        if self.spells_completions and self.parser.min_bytes() <= budget:
             return True
         if self._completion is None:
             self._completion = self.vocabulary.segment(self.parser.completion())
@@ -140,6 +136,6 @@ class GrammarMatcher:
     def _complete(self, budget: int) -> list[int]:
         if self._completion is None:
             self._completion = self.vocabulary.segment(self.parser.completion())
-        if not self._completion or len(self._completion) > budget:
+        if self._completion is None or len(self._completion) > budget:
             raise MatcherError(f"no completion of {budget} tokens is known")
         return self._completion

@@ -7,12 +7,13 @@ import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Set
 from functools import cached_property
-from typing import Protocol
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cadenza.decoding.constraints.token_trie import TokenTrie
-
-_UTF8_BYTES = frozenset(range(0x100)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
-"""Every byte that occurs in valid UTF-8."""
 
 
 class TokenSource(Protocol):
@@ -29,6 +30,13 @@ class TokenSource(Protocol):
     def vocab_size(self) -> int: ...
 
     def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class TextsInOrder(NamedTuple):
+    token_ids: NDArray[np.int64]
+    texts: list[bytes]
+    shared: list[int]
+    """How many bytes each text has in common with the one before it, from the start."""
 
 
 class Vocabulary:
@@ -81,13 +89,20 @@ class Vocabulary:
         _ = self.trie, self._lengths, self._sorted, self._longest
 
     @cached_property
+    def in_order(self) -> "TextsInOrder":
+        """Every token that is text, sorted by its bytes."""
+        token_ids = sorted((i for i, token in enumerate(self.tokens) if token), key=self.tokens.__getitem__)
+        texts = [self.tokens[token_id] for token_id in token_ids]
+        shared = [0, *(_num_shared(*pair) for pair in pairwise(texts))]
+        return TextsInOrder(np.array(token_ids, np.int64), texts, shared[: len(texts)])
+
+    @cached_property
     def trie(self) -> TokenTrie:
         return TokenTrie.build(self.tokens)
 
-    @cached_property
-    def covers_utf8(self) -> bool:
-        """Whether each byte that text can hold is a token: no text needs more tokens than it has bytes."""
-        return all(bytes([byte]) in self._ids for byte in _UTF8_BYTES)
+    def spells(self, data: Iterable[int]) -> bool:
+        """Whether each of the bytes is a token: then no text of them needs more tokens than it has bytes."""
+        return all(bytes([byte]) in self._ids for byte in data)
 
     def segment(self, data: bytes) -> list[int] | None:
         """The fewest tokens that spell the bytes, the longest first among equals; None where there are none."""
@@ -184,6 +199,14 @@ class Vocabulary:
             if start[:1] in self._ids:
                 known.add(1)
         return {start: tuple(sorted(known, reverse=True)) for start, known in lengths.items()}
+
+
+def _num_shared(first: bytes, second: bytes) -> int:
+    """The length of the longest beginning of both."""
+    length = min(len(first), len(second))
+    while first[:length] != second[:length]:
+        length -= 1
+    return length
 
 
 def _after(prefix: bytes) -> bytes:

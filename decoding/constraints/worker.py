@@ -26,7 +26,7 @@ def main() -> None:
     questions = Reader(0)
     (vocabularies, limits), _ = questions.receive()
     for vocabulary in vocabularies:
-        vocabulary.segment(b"")  # builds what all compilations share, before memory is limited
+        vocabulary.prepare()  # what all compilations share, before memory is limited
     _limit_memory(limits.max_memory_bytes)
     send(answers, None)
     while True:

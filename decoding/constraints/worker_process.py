@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+
 from cadenza.decoding.constraints.compiled import Compiled
 from cadenza.decoding.constraints.errors import ConstraintTooComplex
 from cadenza.decoding.constraints.limits import Limits

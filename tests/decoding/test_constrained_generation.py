@@ -6,11 +6,13 @@ a sampler that draws any allowed token, which is the hardest case for a constrai
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import lark
 import pytest
 import regex
 
@@ -20,6 +22,7 @@ from cadenza.decoding import (
     GenerationRequest,
     RequestError,
     RequestFailed,
+    RequestStream,
     SamplingParams,
 )
 from cadenza.decoding.completion import Completion, collect
@@ -30,77 +33,111 @@ from cadenza.models import LoadedModel
 
 DATA = Path(__file__).parents[1] / "data" / "constraints"
 SCHEMAS = Path(__file__).parents[3] / "shared" / "data" / "dev_schemas.jsonl"
+GRAMMARS = {path.stem: path for path in sorted(DATA.glob("*.lark"))}
 REGEXES = (DATA / "regexes.txt").read_text(encoding="utf-8").splitlines()
 PROMPT = tuple(range(1000, 1012))
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model: LoadedModel) -> Iterator[Engine]:
-    config = EngineConfig(max_num_seqs=32, kv_cache_memory_gb=0.1)
+    config = EngineConfig(max_num_seqs=64, max_queue=2000, kv_cache_memory_gb=0.1)
     with Engine(tiny_model, config) as running:
         yield running
 
 
-def submit(engine: Engine, constraint: Constraint, max_tokens: int | None, **sampling: Any) -> Any:
+def submit(engine: Engine, constraint: Constraint, max_tokens: int | None, **sampling: Any) -> RequestStream:
     params = SamplingParams(max_tokens=max_tokens, **{"seed": 7, **sampling})
     return engine.submit(
         GenerationRequest(request_id="test", prompt_token_ids=PROMPT, sampling=params, constraint=constraint)
     )
 
 
-def at_budgets(engine: Engine, constraint: Constraint) -> list[tuple[int, Completion]]:
-    """(max_tokens, answer) at the least budget and others; budgets below the least one are refused with its number."""
-    least = max(constraint.min_tokens, 1)
-    streams = []
-    for budget in sorted({least, least + 1, 8, 32, 240}):
-        if budget >= least:
-            streams.append((budget, submit(engine, constraint, budget)))
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    num_tokens: int
+    max_tokens: int
+
+
+def answers_at_budgets(engine: Engine, specs: Mapping[str, ConstraintSpec]) -> dict[str, list[Answer]]:
+    """For each constraint answers at its least budget, one more, and others: all together in one batch.
+
+    A budget below the least one is refused with the number. A constraint that is refused has no answers.
+    """
+    streams: dict[str, list[tuple[int, RequestStream]]] = {}
+    futures = {name: engine.constraints.compile(spec) for name, spec in specs.items()}
+    for name, future in futures.items():
+        if isinstance(future.exception(), ConstraintError):
             continue
-        with pytest.raises(RequestError, match=str(least)) as refused:
-            submit(engine, constraint, budget)
-        assert refused.value.param == "max_tokens"
-    return [(budget, collect(stream, 1)) for budget, stream in streams]
+        constraint, streams[name] = future.result(), []
+        least = max(constraint.min_tokens, 1)
+        for budget in sorted({least, least + 1, 8, 32, 120}):
+            if budget >= least and budget + len(PROMPT) <= engine.max_model_len:
+                streams[name].append((budget, submit(engine, constraint, budget)))
+            elif budget < least:
+                with pytest.raises(RequestError, match=f"has {least} tokens") as refused:
+                    submit(engine, constraint, budget)
+                assert refused.value.param == "max_tokens"
+    return {
+        name: [
+            Answer(choice.text, len(choice.token_ids), budget)
+            for budget, stream in own
+            for choice in collect(stream, 1).choices
+        ]
+        for name, own in streams.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def regex_answers(tiny: Engine) -> dict[str, list[Answer]]:
+    return answers_at_budgets(tiny, {pattern: ConstraintSpec.regex(pattern) for pattern in REGEXES})
 
 
 @pytest.mark.parametrize("pattern", REGEXES)
-def test_a_regex_is_matched_in_full_at_every_budget(tiny: Engine, pattern: str) -> None:
-    constraint = tiny.constraints.compile(ConstraintSpec.regex(pattern)).result()
-    for budget, answer in at_budgets(tiny, constraint):
-        assert regex.fullmatch(pattern, answer.text), (budget, answer.text)
+def test_a_regex_is_matched_in_full_at_every_budget(
+    regex_answers: dict[str, list[Answer]], pattern: str
+) -> None:
+    assert len(regex_answers[pattern]) >= 2
+    for answer in regex_answers[pattern]:
+        assert regex.fullmatch(pattern, answer.text), answer
         if r"\p" not in pattern:
-            assert re.fullmatch(pattern, answer.text), (budget, answer.text)
-        assert len(answer.choices[0].token_ids) <= budget
+            assert re.fullmatch(pattern, answer.text), answer
+        assert answer.num_tokens <= answer.max_tokens
 
 
-def test_a_regex_cannot_be_had_for_less_than_its_least_budget(tiny: Engine) -> None:
-    constraint = tiny.constraints.compile(ConstraintSpec.regex(r"\d{4}-\d{2}-\d{2}")).result()
-    with pytest.raises(RequestError, match="10 tokens"):
-        submit(tiny, constraint, 9)
-    assert collect(submit(tiny, constraint, 10), 1).choices[0].token_ids
+@pytest.fixture(scope="module")
+def grammar_answers(tiny: Engine) -> dict[str, list[Answer]]:
+    specs = {
+        name: ConstraintSpec.grammar(path.read_text(encoding="utf-8")) for name, path in GRAMMARS.items()
+    }
+    return answers_at_budgets(tiny, specs)
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_a_grammar_derives_the_answer_at_every_budget(
+    grammar_answers: dict[str, list[Answer]], name: str
+) -> None:
+    parser = lark.Lark(GRAMMARS[name].read_text(encoding="utf-8"), parser="earley", lexer="dynamic_complete")
+    assert len(grammar_answers[name]) >= 2
+    for answer in grammar_answers[name]:
+        parser.parse(answer.text)  # raises where it does not
+        assert answer.num_tokens <= answer.max_tokens
 
 
 @pytest.mark.skipif(not SCHEMAS.is_file(), reason="the schemas are not part of the repository")
 def test_answers_under_real_schemas_validate_at_every_budget(tiny: Engine) -> None:
     cases = [json.loads(line) for line in SCHEMAS.read_text(encoding="utf-8").splitlines()]
-    compiled = []
-    for case in cases:
-        spec = ConstraintSpec.json_schema(case["schema"])
-        compiled.append((case, tiny.constraints.compile(spec)))
-    num_refused = 0
-    for case, future in compiled:
-        try:
-            constraint = future.result()
-        except ConstraintError:
-            num_refused += 1
-            continue
-        validator = jsonschema.validators.validator_for(case["schema"], jsonschema.Draft202012Validator)
-        check = validator(case["schema"], format_checker=validator.FORMAT_CHECKER)
-        if constraint.min_tokens > 240:
-            continue
-        for budget, answer in at_budgets(tiny, constraint):
-            value = json.loads(answer.text)
-            assert check.is_valid(value), (case["name"], budget, answer.text)
-    assert num_refused <= 12
+    schemas = {case["name"]: case["schema"] for case in cases}
+    answers = answers_at_budgets(
+        tiny, {name: ConstraintSpec.json_schema(schema) for name, schema in schemas.items()}
+    )
+    assert len(answers) >= len(schemas) - 10
+    for name, own in answers.items():
+        kind = jsonschema.validators.validator_for(schemas[name], jsonschema.Draft202012Validator)
+        validator = kind(schemas[name], format_checker=kind.FORMAT_CHECKER)
+        for answer in own:
+            assert validator.is_valid(json.loads(answer.text)), (name, answer)
+            assert answer.num_tokens <= answer.max_tokens
 
 
 TICKET = {
@@ -185,7 +222,7 @@ def test_preempted_branches_go_on_as_if_nothing_had_happened(
         together = [token_ids(collect(stream, 1)) for stream in streams]
         num_preemptions = engine.stats().num_preemptions
     assert together == alone
-    assert num_preemptions or constraint.spec.kind in ("choice", "regex")  # their answers are short
+    assert num_preemptions or constraint.spec.kind != "grammar"  # the others' answers are short
 
 
 def test_only_a_change_that_the_budget_made_is_called_early(tiny: Engine) -> None:

@@ -4,9 +4,13 @@ An exact recognizer of any context-free grammar. Every text that it accepts can 
 trimmed and all rules derive something. Knows nothing of tokens.
 """
 
+from collections.abc import Sequence
+
 from cadenza.decoding.constraints.grammar.chart import Chart, Frontier
 from cadenza.decoding.constraints.grammar.positions import CompiledGrammar
 from cadenza.decoding.constraints.grammar.terminal import BYTE
+
+_NEVER = 1 << 30
 
 
 class Parser:
@@ -79,6 +83,35 @@ class Parser:
     def next_bytes(self) -> bytes:
         """All bytes that may come next, in ascending order."""
         return self._chart.next_bytes(self._frontiers[-1])
+
+    @property
+    def place(self) -> object:
+        """Equal places, of parsers that share what they learn, go on alike."""
+        return self._frontiers[-1]
+
+    def spelled(self, texts: Sequence[bytes], shared: Sequence[int]) -> list[int]:
+        """Which of the texts may come next. They are sorted; shared: how many bytes each begins with that the one
+        before it begins with, too."""
+        step = self._chart.step
+        path = [self._frontiers[-1]]
+        dead = _NEVER  # as long as that is the beginning of the last text that cannot go on
+        found = []
+        for number, (text, common) in enumerate(zip(texts, shared, strict=True)):
+            if common >= dead:
+                continue
+            dead = _NEVER
+            del path[common + 1 :]
+            frontier = path[-1]
+            for length in range(common, len(text)):
+                following = frontier.next.get(text[length]) or step(frontier, text[length])
+                if following is None:
+                    dead = length + 1
+                    break
+                frontier = following
+                path.append(frontier)
+            else:
+                found.append(number)
+        return found
 
     def forced(self, limit: int) -> bytes:
         """The bytes, up to `limit`, that must come next; none where the text may end."""

@@ -122,14 +122,12 @@ def test_segment_prefers_long_tokens_first() -> None:
     assert vocabulary.segment(b"ay") is None
 
 
-def test_covers_utf8() -> None:
-    every = [bytes([byte]) for byte in range(256)]
-    assert Vocabulary(every, []).covers_utf8
-    assert Vocabulary(
-        [token for token in every if token < b"\xf5" and token not in (b"\xc0", b"\xc1")], []
-    ).covers_utf8
-    assert not Vocabulary(every[1:], []).covers_utf8
-    assert not Vocabulary(every, [65]).covers_utf8
+def test_what_single_bytes_spell() -> None:
+    vocabulary = Vocabulary([bytes([byte]) for byte in range(128)] + [b"\xc3\xa9"], [65])
+    assert vocabulary.spells(b"xyz")
+    assert vocabulary.spells(b"")
+    assert not vocabulary.spells("é".encode())
+    assert not vocabulary.spells(b"xyzA")  # the id that ends an answer is no text
 
 
 def encode_with(pieces: dict[bytes, list[int]]) -> Callable[[bytes], list[int] | None]:
