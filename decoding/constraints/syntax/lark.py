@@ -109,10 +109,10 @@ class _Spaced:
             case Group(options, low, high):
                 return (Group(self.body(options), low, high),)
             case Reference(name) if name in self.terminals:
-                return (self.spacing.before(self.terminals[name]),)
+                return self.spacing.before(self.terminals[name])
             case Reference(name) if name in self.grammar.schemas:
                 return (self.spacing.run, item)
             case Reference():
                 return (item,)
         assert not isinstance(item, Intersection | Complement)
-        return (self.spacing.before(item),)
+        return self.spacing.before(item)

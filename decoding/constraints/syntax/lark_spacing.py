@@ -15,7 +15,6 @@ from cadenza.decoding.constraints.automata.expression import (
     EPSILON,
     And,
     CharSet,
-    Concat,
     Expression,
     Repeat,
     concat,
@@ -24,6 +23,7 @@ from cadenza.decoding.constraints.automata.expression import (
 )
 from cadenza.decoding.constraints.limits import Effort
 from cadenza.decoding.constraints.syntax.first import first_characters
+from cadenza.decoding.constraints.syntax.rules import Group, Item
 
 _JSON_STARTS = CharSet.chars('{["-0123456789tfn')
 
@@ -39,15 +39,13 @@ class Spacing:
 
     effort: Effort
 
-    def before(self, terminal: Expression) -> Expression:
+    def before(self, terminal: Expression) -> tuple[Item, ...]:
         if self.run == EPSILON and self.tail is None:
-            return terminal
-        parts = terminal.parts if isinstance(terminal, Concat) else (terminal,)
-        spaced = concat(self.run, *parts)
+            return (terminal,)
         allowed = _not_swallowed(terminal, self.swallowed, self.effort)
         if self.tail is None or allowed is None:
-            return spaced
-        return either(spaced, concat(self.run, self.tail, allowed))
+            return (self.run, terminal)
+        return (self.run, Group(((terminal,), (self.tail, allowed))))
 
     def at_end(self) -> Expression:
         return self.run if self.tail is None else concat(self.run, Repeat(self.tail, 0, 1))
