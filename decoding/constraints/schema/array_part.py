@@ -1,7 +1,7 @@
 """Sets of arrays as a schema describes them, closed under intersection and complement."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from cadenza.decoding.constraints.schema.formula import FALSE, TRUE, Formula, conjunction, negation
@@ -35,6 +35,8 @@ class ArrayPart:
     """The place of the keyword whose negation demands equal items."""
     evaluated: int = 0
     """Items from the start that `unevaluatedItems` does not speak of. No condition; kept only where that is used."""
+    picked: bool = False
+    """`contains` has evaluated items here and there. No condition either."""
 
     def intersection(self, other: "ArrayPart") -> "ArrayPart | None":
         pairs = zip_longest(self.prefix, other.prefix)
@@ -52,6 +54,7 @@ class ArrayPart:
             self.unique or other.unique,
             self.repeated or other.repeated,
             max(self.evaluated, other.evaluated),
+            self.picked or other.picked,
         )
         return both._simplified()
 
@@ -68,9 +71,7 @@ class ArrayPart:
             return None
         prefix = self.prefix if high is None else self.prefix[:high]
         rest = FALSE if high is not None and high <= len(prefix) else self.rest
-        return ArrayPart(
-            prefix, rest, self.low, high, self.contains, self.unique, self.repeated, self.evaluated
-        )
+        return replace(self, prefix=prefix, rest=rest, high=high)
 
     def complement(self, single: Single) -> list["ArrayPart"]:
         parts: list[ArrayPart] = []

@@ -72,6 +72,6 @@ class Emptiness:
         return part.low > len(part.prefix) and self.is_empty(part.rest)
 
     def _no_object(self, part: ObjectPart) -> bool:
-        if any(self.is_empty(value) for value in part.values(sorted(part.required), self._effort)):
+        if any(self.is_empty(value) for value in part.values(part.required, self._effort)):
             return True
         return any(self.is_empty(formula) for _, formula in part.some)

@@ -38,7 +38,7 @@ _MOST_DIGITS = 18
 
 
 def multiples(part: NumberPart, builder: GrammarBuilder, effort: Effort) -> Symbol:
-    """The numbers of a part that has steps, `excluded` left aside."""
+    """The numbers of a part that has steps."""
     step = part.step() if part.divisors else None
     symbol = _endings(part, step)
     return symbol if symbol is not None else _remainders(part, step, builder, effort)
@@ -69,7 +69,7 @@ def _notations(part: NumberPart, step: Fraction | None) -> Expression:
         options.append(
             And((pointed, numerals.fractional())) if step is None or part.integral is False else pointed
         )
-    return either(*options)
+    return numerals.without(either(*options), part.excluded)
 
 
 def _multiples_of(step: Fraction) -> Expression | None:

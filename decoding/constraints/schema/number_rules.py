@@ -4,13 +4,12 @@ import json
 from collections.abc import Callable
 from fractions import Fraction
 
-from cadenza.decoding.constraints.automata.expression import NOTHING, And, Expression, Literal, Not, either
-from cadenza.decoding.constraints.errors import ConstraintTooComplex
+from cadenza.decoding.constraints.automata.expression import NOTHING, And, Expression, Literal, either
 from cadenza.decoding.constraints.grammar.grammar import GrammarBuilder, Symbol
 from cadenza.decoding.constraints.limits import Effort
 from cadenza.decoding.constraints.schema import numerals
 from cadenza.decoding.constraints.schema.multiples import multiples
-from cadenza.decoding.constraints.schema.number_part import Bound, NumberPart
+from cadenza.decoding.constraints.schema.number_part import NumberPart
 
 _MAX_LISTED = 1000
 """Numbers that are written out one by one where they have to meet more than bounds."""
@@ -64,12 +63,9 @@ def _symbol(part: NumberPart, builder: GrammarBuilder, effort: Effort) -> Symbol
     if part == NumberPart():
         return numerals.ANY_NUMBER
     if part.divisors or part.non_divisors:
-        symbol = multiples(part, builder, effort)
-        if isinstance(symbol, str) and part.excluded:
-            raise ConstraintTooComplex("multipleOf is not supported beside excluded numbers")
-    else:
-        symbol = either(*(option for option in _notations(part) if option != NOTHING))
-    return _without(symbol, part.excluded) if part.excluded and not isinstance(symbol, str) else symbol
+        return multiples(part, builder, effort)
+    expression = either(*(option for option in _notations(part) if option != NOTHING))
+    return numerals.without(expression, part.excluded)
 
 
 def _notations(part: NumberPart) -> list[Expression]:
@@ -81,9 +77,3 @@ def _notations(part: NumberPart) -> list[Expression]:
         return [And((numerals.with_point(low, high), numerals.fractional()))]
     options = [numerals.integers(low, high), numerals.with_point(low, high)]
     return options if part.excluded else [*options, numerals.scientific(low, high)]
-
-
-def _without(numbers: Expression, values: frozenset[Fraction]) -> Expression:
-    points = [Bound(value, True) for value in sorted(values)]
-    written = [either(numerals.integers(p, p), numerals.with_point(p, p)) for p in points]
-    return And((numbers, Not(either(*written))))

@@ -16,6 +16,7 @@ from cadenza.decoding.constraints.automata.expression import (
     Concat,
     Expression,
     Literal,
+    Not,
     Repeat,
     concat,
     either,
@@ -258,6 +259,14 @@ def _fraction_at_most(bound: str) -> Expression:
         if others.ranges:
             options.append(_joined(bound[:i], others, digits(0, FRACTION_DIGITS - i - 1)))
     return Alternation(tuple(options))
+
+
+def without(numbers: Expression, values: frozenset[Fraction]) -> Expression:
+    """No numeral that denotes one of the values."""
+    if not values:
+        return numbers
+    points = [Bound(value, True) for value in sorted(values)]
+    return And((numbers, Not(either(*(either(integers(p, p), with_point(p, p)) for p in points)))))
 
 
 def fractional() -> Expression:

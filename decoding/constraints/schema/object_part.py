@@ -45,7 +45,8 @@ class ObjectPart:
     """What the value under a name satisfies, if it is there. Each name once, in the order of writing."""
     regions: tuple[tuple[Keys, Formula], ...] = ()
     """What every value under one of the keys satisfies."""
-    required: frozenset[str] = frozenset()
+    required: tuple[str, ...] = ()
+    """Each name once, in the order of writing."""
     low: int = 0
     high: int | None = None
     some: frozenset[tuple[Keys, Formula]] = frozenset()
@@ -60,7 +61,7 @@ class ObjectPart:
         regions = dict(self.regions)
         for keys, formula in other.regions:
             regions[keys] = conjunction((regions.get(keys, TRUE), formula))
-        required = self.required | other.required
+        required = tuple(dict.fromkeys((*self.required, *other.required)))
         highs = [high for high in (self.high, other.high) if high is not None]
         high = min(highs) if highs else None
         low = max(self.low, other.low)
@@ -79,10 +80,10 @@ class ObjectPart:
         )
 
     def complement(self, single: Single) -> list["ObjectPart"]:
-        parts: list[ObjectPart] = [ObjectPart(properties=((name, FALSE),)) for name in sorted(self.required)]
+        parts: list[ObjectPart] = [ObjectPart(properties=((name, FALSE),)) for name in self.required]
         for name, formula in self.properties:
             for no in negation(formula):
-                parts.append(ObjectPart(properties=((name, no),), required=frozenset({name})))
+                parts.append(ObjectPart(properties=((name, no),), required=(name,)))
         for keys, formula in self.regions:
             keys.check_negatable()
             for no in negation(formula):
@@ -101,7 +102,7 @@ class ObjectPart:
     def names(self) -> list[str]:
         """Every name that the conditions treat on its own, in the order of writing."""
         mentioned: dict[str, None] = dict.fromkeys(name for name, _ in self.properties)
-        mentioned.update(dict.fromkeys(sorted(self.required)))
+        mentioned.update(dict.fromkeys(self.required))
         keys: Iterable[Keys] = (*(k for k, _ in self.regions), *(k for k, _ in self.some))
         mentioned.update(dict.fromkeys(name for k in keys for name in sorted(k.names)))
         return list(mentioned)

@@ -46,6 +46,7 @@ class ObjectRules:
         self._effort = emitter.effort
         self._some = sorted(part.some, key=repr)
         self._low = part.low if part.low > len(part.required) else 0
+        self._required = frozenset(part.required)
         empty = emitter.reader.emptiness.no_text
         names = part.names()
         self._free = free_keys(part, names, empty, self._effort)
@@ -54,7 +55,7 @@ class ObjectRules:
             names = [*names, *found]
             self._free = [keys for keys in self._free if not keys.few(self._effort)]
         members = zip(names, part.values(names, self._effort), strict=True)
-        self._members = [(name, f) for name, f in members if f != FALSE or name in part.required]
+        self._members = [(name, f) for name, f in members if f != FALSE or name in self._required]
         self._check()
         self._names: dict[_State, str] = {}
         self._waiting: list[_State] = []
@@ -108,7 +109,7 @@ class ObjectRules:
                 if value != FALSE:
                     following = self._after(state, chosen, state.position + 1, counts=True)
                     yield (*self._comma(state), key, self._emitter.value(value), self._rule(following))
-        if name not in self._part.required:
+        if name not in self._required:
             skipped = _State(state.position + 1, state.written, state.few, state.many, state.free, state.some)
             yield (self._rule(skipped),)
 

@@ -6,7 +6,7 @@ from cadenza.decoding.constraints.schema.array_part import ArrayPart, Contains
 from cadenza.decoding.constraints.schema.formula import TRUE, Formula
 from cadenza.decoding.constraints.schema.reading import Keywords
 from cadenza.decoding.constraints.schema.shape import ANYTHING, Shape
-from cadenza.decoding.constraints.schema.unevaluated import mark_items
+from cadenza.decoding.constraints.schema.unevaluated import mark_items, picks_items
 
 
 def read_arrays(keywords: Keywords) -> Shape:
@@ -22,6 +22,7 @@ def read_arrays(keywords: Keywords) -> Shape:
         _contains(keywords),
         unique=keywords.where("uniqueItems") if unique else None,
         evaluated=mark_items(keywords, len(prefix), remainder),
+        picked=picks_items(keywords),
     ).intersection(ArrayPart())
     return replace(ANYTHING, arrays=() if part is None else (part,))
 

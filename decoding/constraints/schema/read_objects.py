@@ -20,7 +20,7 @@ def read_objects(keywords: Keywords) -> Shape:
     part = ObjectPart(
         properties,
         (*regions, *_key_schema(keywords)),
-        frozenset(keywords.names("required")),
+        tuple(keywords.names("required")),
         keywords.least("minProperties"),
         keywords.most("maxProperties"),
         evaluated=mark_properties(keywords, regions),
@@ -81,10 +81,10 @@ def _dependencies(keywords: Keywords, shape: Shape) -> Shape:
         for name, value in keywords.mapping(keyword).items():
             absent = replace(ANYTHING, objects=(ObjectPart(properties=((name, FALSE),)),))
             if isinstance(value, list) and keyword != "dependentSchemas":
-                demanded = frozenset({name, *keywords.names_at(keyword, name)})
+                demanded = tuple(dict.fromkeys((name, *keywords.names_at(keyword, name))))
                 present = replace(NOTHING, objects=(ObjectPart(required=demanded),))
             elif keyword != "dependentRequired":
-                present = replace(NOTHING, objects=(ObjectPart(required=frozenset({name})),))
+                present = replace(NOTHING, objects=(ObjectPart(required=(name,)),))
                 present = algebra.intersection(
                     present, keywords.context.shape(keywords.subschema(keyword, name))
                 )

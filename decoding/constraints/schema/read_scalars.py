@@ -12,6 +12,7 @@ from cadenza.decoding.constraints.schema.pattern import read_pattern
 from cadenza.decoding.constraints.schema.reading import Keywords
 from cadenza.decoding.constraints.schema.shape import ANYTHING, NOTHING, Shape
 from cadenza.decoding.constraints.schema.string_part import StringPart
+from cadenza.decoding.constraints.schema.unevaluated import unmarked
 
 _LARGEST = 10**400
 """Beyond every double; the notation of such bounds is not worth its size."""
@@ -78,8 +79,8 @@ def _values(keywords: Keywords, values: list[tuple[Any, tuple[str | int, ...]]])
             case str():
                 strings[value] = None
             case _:
-                formula = keywords.synthetic(_as_schema(value), *path)
-                composites = keywords.context.algebra.union(composites, keywords.context.shape(formula))
+                shape = keywords.context.shape(keywords.synthetic(_as_schema(value), *path))
+                composites = keywords.context.algebra.union(composites, unmarked(shape))
     scalars = Shape(
         null, frozenset(booleans), tuple(numbers), (StringPart(values=tuple(strings)),) if strings else ()
     )

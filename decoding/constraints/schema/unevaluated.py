@@ -36,10 +36,25 @@ def mark_properties(keywords: Keywords, regions: list[tuple[Keys, Formula]]) -> 
     return frozenset((*keywords.mapping("properties"), *(keys for keys, _ in regions)))
 
 
+def picks_items(keywords: Keywords) -> bool:
+    """Whether `contains` evaluates the items it matches, as it does since draft 2020-12."""
+    context = keywords.context
+    return context.marks_evaluated and "contains" in keywords and context.document.draft >= 2020
+
+
 def mark_items(keywords: Keywords, num_prefix: int, remainder: str) -> int:
     if not keywords.context.marks_evaluated:
         return 0
     return LONGEST if remainder in keywords else num_prefix
+
+
+def unmarked(shape: Shape) -> Shape:
+    """For values: they evaluate nothing."""
+    return replace(
+        shape,
+        arrays=tuple(replace(part, evaluated=0) for part in shape.arrays),
+        objects=tuple(replace(part, evaluated=frozenset()) for part in shape.objects),
+    )
 
 
 def read_unevaluated(keywords: Keywords, shape: Shape) -> Shape:
@@ -49,7 +64,7 @@ def read_unevaluated(keywords: Keywords, shape: Shape) -> Shape:
         objects = (_object(part, formula) for part in shape.objects)
         shape = replace(shape, objects=tuple(part for part in objects if part is not None))
     if "unevaluatedItems" in keywords:
-        if "contains" in keywords and keywords.context.document.draft >= 2020:
+        if any(part.picked for part in shape.arrays):
             raise ConstraintError(
                 "unevaluatedItems is not supported beside contains", keywords.where("unevaluatedItems")
             )

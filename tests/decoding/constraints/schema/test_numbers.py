@@ -32,6 +32,7 @@ SCHEMAS: list[dict[str, Any]] = [
     {"type": "integer", "maximum": 1e308},
     {"type": "integer", "multipleOf": 7, "minimum": -50},
     {"type": "integer", "multipleOf": 360},
+    {"type": "integer", "multipleOf": 7, "not": {"const": 14}},
     {"type": "number", "multipleOf": 2.5, "maximum": 1000},
     {"type": "number", "multipleOf": 0.125},
     {"type": "number", "not": {"multipleOf": 3}},

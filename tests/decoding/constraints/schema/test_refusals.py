@@ -44,6 +44,8 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"$schema": "http://json-schema.org/draft-03/schema#"}, "draft 3 is not supported", "#/$schema"),
     ({"properties": {"x": {"contains": {}, "unevaluatedItems": False}}},
      "unevaluatedItems is not supported beside contains", "#/properties/x/unevaluatedItems"),
+    ({"anyOf": [{"contains": {}}, {}], "unevaluatedItems": False}, "unevaluatedItems is not supported beside contains",
+     "#/unevaluatedItems"),
     ({"$dynamicRef": "#x"}, "$dynamicRef is not supported", "#/$dynamicRef"),
     ({"$recursiveRef": "#"}, "$recursiveRef is not supported", "#/$recursiveRef"),
     ({"divisibleBy": 2}, "divisibleBy is not supported", "#/divisibleBy"),
