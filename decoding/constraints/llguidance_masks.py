@@ -28,7 +28,7 @@ _REFUEL_EVERY = 16
 
 
 _MAX_ITEMS = 20_000
-"""Of a mask; some 40 ms of work. Masks of grammars that are not ambiguous take some hundreds."""
+"""Of a mask. Grammars that are not ambiguous take some hundreds; beyond this, another way is quicker."""
 
 
 def _limits() -> LLParserLimits:

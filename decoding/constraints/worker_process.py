@@ -13,7 +13,7 @@ from cadenza.decoding.constraints.spec import ConstraintSpec
 from cadenza.decoding.constraints.vocabulary import Vocabulary
 
 _START_SECONDS = 60.0
-_LATE_SECONDS = 8.0  # elapsed; the worker's own limit is on processor time and much shorter
+_LATE_SECONDS = 20.0  # elapsed; the worker's own limit is on processor time, and much shorter
 
 
 class WorkerProcess:

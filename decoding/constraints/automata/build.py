@@ -5,6 +5,7 @@ deterministic operand, then one over UTF-8. Complement is relative to all texts 
 UTF-8 is ever accepted.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from cadenza.decoding.constraints.automata.char_classes import CharClasses
@@ -35,8 +36,48 @@ from cadenza.decoding.constraints.limits import Effort
 __all__ = ["intersects", "is_subset", "to_dfa"]
 
 
+_MAX_KEPT_BYTES = 32 * 1024 * 1024
+
+
+class _Kept:
+    """The last automata that were built, by the identity of their expressions, which the entries keep alive."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[int, tuple[Expression, DFA]] = OrderedDict()
+        self._num_bytes = 0
+
+    def get(self, expression: Expression) -> DFA | None:
+        entry = self._entries.get(id(expression))
+        if entry is None:
+            return None
+        self._entries.move_to_end(id(expression))
+        return entry[1]
+
+    def put(self, expression: Expression, dfa: DFA) -> None:
+        self._entries[id(expression)] = expression, dfa
+        self._num_bytes += dfa.num_bytes
+        while self._num_bytes > _MAX_KEPT_BYTES:
+            _, (_, oldest) = self._entries.popitem(last=False)
+            self._num_bytes -= oldest.num_bytes
+
+
+_kept = _Kept()
+
+
 def to_dfa(expression: Expression, effort: Effort) -> DFA:
-    """The minimal automaton of the expression's language, without states if that is empty."""
+    """The minimal automaton of the expression's language, without states if that is empty.
+
+    The last ones are kept: one compilation asks for a terminal several times, and schemas share theirs. By identity,
+    as comparing expressions that share parts can take exponential time.
+    """
+    dfa = _kept.get(expression)
+    if dfa is None:
+        dfa = _built(expression, effort)
+        _kept.put(expression, dfa)
+    return dfa
+
+
+def _built(expression: Expression, effort: Effort) -> DFA:
     char_sets: set[CharSet] = set()
     characters: set[str] = set()
     shared: set[int] = set()

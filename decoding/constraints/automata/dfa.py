@@ -26,6 +26,11 @@ class DFA:
         return len(self.accepting)
 
     @property
+    def num_bytes(self) -> int:
+        """About what it takes in memory."""
+        return 1024 + int(self.table.nbytes)
+
+    @property
     def is_empty(self) -> bool:
         return self.num_states == 0
 
