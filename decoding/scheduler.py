@@ -1,7 +1,7 @@
 """Which tokens are computed in the next step, and where their keys and values go.
 
-Continuous batching: each step takes, under a budget of tokens, one token of every decoding branch, then chunks
-of prompts in progress, then new branches. When blocks run out, the branch that comes last in order is
+Continuous batching: each step takes, under a budget of tokens, one token of every decoding branch (more after a
+run of forced ones), then chunks of prompts in progress, then new branches. When blocks run out, the branch that comes last in order is
 preempted: it gives its blocks back, waits, and is recomputed later (vLLM's "recompute", Kwon et al. 2023).
 The first branch in order can always take what it needs, so every request comes to its end.
 
@@ -83,13 +83,19 @@ class Scheduler:
     def schedule(self) -> Step:
         step = Step()
         budget = self._max_num_batched_tokens
-        for branch in [branch for branch in self.running if branch.is_decoding]:
-            if branch in self.running and self._make_room(branch, branch.num_tokens, step):
-                step.spans.append(Span(branch, branch.num_computed, branch.num_tokens))
-                budget -= 1
-        for branch in [branch for branch in self.running if not branch.is_decoding]:
-            if branch in self.running:
+        answering = [branch for branch in self.running if branch.num_generated]
+        budget -= sum(branch.is_decoding for branch in answering)
+        for (
+            branch
+        ) in answering:  # in order: whom one preempts comes after it, and has no place in the step yet
+            if branch not in self.running:
+                continue
+            if not branch.is_decoding:
                 budget -= self._schedule_chunk(branch, budget, step)
+            elif self._make_room(branch, branch.num_tokens, step):
+                step.spans.append(Span(branch, branch.num_computed, branch.num_tokens))
+        for branch in [branch for branch in self.running if not branch.num_generated]:
+            budget -= self._schedule_chunk(branch, budget, step)
         while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
             branch = self.waiting[0]
             if not self._admit(branch):

@@ -1,5 +1,6 @@
 """The scheduler with branches and a block pool only; `SimulatedCache` says what the tensors would hold."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -372,3 +373,25 @@ def test_every_branch_comes_to_its_end(
     for job, item in zip(jobs, plan, strict=True):
         if item["removed_after"] is None:
             assert [branch.num_generated for branch in job.branches] == [item["num_new"]] * item["n"]
+
+
+class ForcedRuns(Simulation):
+    """Constraints append runs of tokens that are computed together."""
+
+    rng: random.Random
+
+    def _append(self, branch: Branch) -> None:
+        super()._append(branch)
+        if branch not in self.finished and self.scheduler.is_running(branch) and self.rng.random() < 0.4:
+            branch.token_ids += [5] * self.rng.randint(1, 40)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_run_of_forced_tokens_takes_no_blocks_from_branches_of_the_same_step(seed: int):
+    sim = ForcedRuns(num_blocks=20, prefix_caching=False)
+    sim.rng = random.Random(seed)
+    for _ in range(4):
+        sim.add_prompt(prompt_of(sim.rng.randint(5, 90)), num_new=100, n=sim.rng.choice([1, 1, 2]))
+    sim.run()
+    assert sim.scheduler.num_preemptions > 0
+    assert sim.pool.num_held == 0
