@@ -22,8 +22,8 @@ class StepBitmask:
     words: Tensor | None = None
     """[rows, ceil(V / 32)] int32; None where no branch of the step is constrained."""
     row_of: dict[Branch, int] = field(default_factory=dict)
-    errors: dict[Branch, Exception] = field(default_factory=dict)
-    """Branches whose matcher failed."""
+    errors: dict[Branch, BaseException] = field(default_factory=dict)
+    """Branches whose matcher failed. A panic in native code is no `Exception`, but fails no more than its branch."""
 
 
 class BitmaskFiller:
@@ -54,7 +54,7 @@ class FillingBitmask:
         errors = {
             branch: error
             for branch, task in zip(self.branches, self.tasks, strict=True)
-            if (error := task.exception()) is not None and isinstance(error, Exception)
+            if (error := task.exception()) is not None
         }
         row_of = {branch: number for number, branch in enumerate(self.branches)}
         return StepBitmask(torch.from_numpy(self.words), row_of, errors)

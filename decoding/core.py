@@ -141,7 +141,12 @@ class EngineCore:
                 continue
             generation = self._generations[branch]
             self.tokens.prompt += 0 if generation.is_begun else branch.num_prompt_tokens
-            ready = [branch] if generation.is_begun else self._begin(generation)
+            try:
+                ready = [branch] if generation.is_begun else self._begin(generation)
+            except Exception as error:
+                log.exception("a request could not begin")
+                self.fail(generation, RequestFailed(f"the request's branches could not begin: {error}"))
+                continue
             for member in ready:
                 members.append(member)
                 rows.append(generation.row(member, logits_row, bitmask.row_of.get(branch)))
@@ -182,6 +187,12 @@ class EngineCore:
             except (RequestError, RequestFailed) as error:
                 self.fail(generation, error)
                 continue
+            except (
+                Exception
+            ) as error:  # what it asks of its matcher: runs of forced tokens, whether the text ends
+                log.exception("a matcher failed")
+                self.fail(generation, _matcher_failed(error))
+                continue
             self.tokens.generated += generation.num_generated - num_before
             for branch, _ in own:
                 if branch.is_finished:
@@ -211,5 +222,5 @@ class EngineCore:
         self.scheduler.remove(branch)
 
 
-def _matcher_failed(error: Exception) -> RequestFailed:
+def _matcher_failed(error: BaseException) -> RequestFailed:
     return RequestFailed(f"the constraint's matcher failed: {error}")

@@ -63,7 +63,9 @@ class Generation:
         if self.max_tokens == 0:
             for branch in self.branches:
                 self._finish(branch, "length")
-                self._events.append(Delta(branch.index, "", finish_reason="length"))
+                self._events.append(
+                    Delta(branch.index, "", finish_reason="length", closed_early=_closed_early(branch))
+                )
             return []
         return self.branches
 
@@ -137,9 +139,7 @@ class Generation:
                 branch.finish_reason,
                 branch.stop_reason,
                 num_forced_tokens=choice.is_forced + len(forced),
-                closed_early=branch.finish_reason == "length"
-                if branch.matcher and branch.is_finished
-                else None,
+                closed_early=_closed_early(branch),
             )
         )
 
@@ -192,3 +192,10 @@ class Generation:
         """Hand the step's events to the stream, without waking who awaits them."""
         events, self._events = self._events, []
         self.stream.put(events, is_last=self.is_finished)
+
+
+def _closed_early(branch: Branch) -> bool | None:
+    """Whether the budget decided how a constrained text ends; None for other texts, and before the end."""
+    if branch.matcher is None or not branch.is_finished:
+        return None
+    return branch.finish_reason == "length"

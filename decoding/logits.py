@@ -96,7 +96,8 @@ def mask_vocabulary(logits: Tensor, rows: Sequence[Row], vocab_size: int) -> Ten
 
 
 def apply_bitmask(logits: Tensor, rows: Sequence[Row], bitmask: Tensor) -> Tensor:
-    """-inf, in place, for the tokens whose bit is not set: bit t & 31 of word t >> 5 of a row's mask."""
+    """-inf, in place, for the tokens whose bit is not set: bit t & 31 of word t >> 5 of a row's mask. A token beyond
+    the mask has no bit."""
     at = [number for number, row in enumerate(rows) if row.mask is not None]
     words = bitmask[[row.mask for row in rows if row.mask is not None]].to(logits.device)
     shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
@@ -104,9 +105,11 @@ def apply_bitmask(logits: Tensor, rows: Sequence[Row], bitmask: Tensor) -> Tenso
     width = min(is_allowed.shape[1], logits.shape[1])
     if len(at) == len(logits):
         logits[:, :width].masked_fill_(~is_allowed[:, :width], -torch.inf)
+        logits[:, width:] = -torch.inf
     else:
         for number, allowed in zip(at, is_allowed, strict=True):
             logits[number, :width].masked_fill_(~allowed[:width], -torch.inf)
+            logits[number, width:] = -torch.inf
     return logits
 
 

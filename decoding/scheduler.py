@@ -1,9 +1,9 @@
 """Which tokens are computed in the next step, and where their keys and values go.
 
 Continuous batching: each step takes, under a budget of tokens, one token of every decoding branch (more after a
-run of forced ones), then chunks of prompts in progress, then new branches. When blocks run out, the branch that comes last in order is
-preempted: it gives its blocks back, waits, and is recomputed later (vLLM's "recompute", Kwon et al. 2023).
-The first branch in order can always take what it needs, so every request comes to its end.
+run of forced ones), then chunks of prompts in progress, then new branches. When blocks run out, the branch that
+comes last in order is preempted: it gives its blocks back, waits, and is recomputed later (vLLM's "recompute",
+Kwon et al. 2023). The first branch in order can always take what it needs, so every request comes to its end.
 
 Knows branches and block ids; no tensors, no tokens' meaning.
 """
