@@ -29,13 +29,13 @@ types: $(VENV)/.dev .typing/cadenza
 	mkdir -p $@
 	for package in server decoding models kernels; do ln -sfn ../../$$package $@/$$package; done
 
-# The same tests against the wheel that people install, in an environment of its own.
+# The wheel that people install, in an environment of its own: nothing is missing from it, and it serves.
 wheel-test: $(VENV)/.dev
 	rm -rf dist $(VENV)-wheel
 	$(BIN)/python -m build --wheel --outdir dist .
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/pip install --quiet "$$(ls dist/*.whl)[test]"
-	$(VENV)-wheel/bin/pytest
+	$(VENV)-wheel/bin/pytest tests/test_packaging.py tests/e2e
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -47,7 +47,8 @@ def _spec(value: Any) -> ConstraintSpec:
         texts = _texts(value)
         return _spec_of_term(_as_term(value)) if texts is None else _one_of(texts)
     if isinstance(value, type) or get_origin(value) is not None or value is Any or is_typeddict(value):
-        return ConstraintSpec.json_schema(TypeAdapter(value).json_schema())
+        # a record is its fields: what else the schema would allow has no place in it
+        return ConstraintSpec.json_schema(TypeAdapter(value).json_schema(), additional_properties=False)
     if isinstance(value, types.FunctionType) or hasattr(
         value, "to_json"
     ):  # arguments; genson's SchemaBuilder

@@ -54,7 +54,7 @@ UserId = NewType("UserId", int)
 
 
 def schema(value: Any) -> ConstraintSpec:
-    return ConstraintSpec.json_schema(pydantic.TypeAdapter(value).json_schema())
+    return ConstraintSpec.json_schema(pydantic.TypeAdapter(value).json_schema(), additional_properties=False)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def schema(value: Any) -> ConstraintSpec:
     [
         # JSON Schema
         ({"type": "null"}, ConstraintSpec.json_schema({"type": "null"})),
-        (User, ConstraintSpec.json_schema(User.model_json_schema())),
+        (User, schema(User)),
         (Point, schema(Point)),
         (Movie, schema(Movie)),
         (list[int], schema(list[int])),
@@ -74,7 +74,7 @@ def schema(value: Any) -> ConstraintSpec:
         (Optional[Point], schema(Point | None)),  # noqa: UP045 - a class of its own until Python 3.14
         (Annotated[int, pydantic.Field(ge=3)], schema(Annotated[int, pydantic.Field(ge=3)])),
         (dict, ConstraintSpec.json_object()),
-        (Any, ConstraintSpec.json_schema({})),
+        (Any, schema(Any)),
         (outlines.JsonSchema({"type": "null"}), ConstraintSpec.json_schema({"type": "null"})),
         (
             outlines.JsonSchema(User, whitespace_pattern=" ?"),
