@@ -23,7 +23,8 @@ from cadenza.decoding.constraints.vocabulary import Vocabulary
 
 def compile_spec(spec: ConstraintSpec, vocabulary: Vocabulary, effort: Effort) -> Compiled:
     """Raises ConstraintError: malformed, unsatisfiable, not enforceable, or over a limit."""
-    size = len(spec.source.encode("utf-8", "surrogatepass"))
+    texts = (spec.source, spec.whitespace_pattern or "")
+    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
     if size > effort.limits.max_source_bytes:
         raise ConstraintTooComplex(
             f"the constraint has {size} bytes, more than the limit of {effort.limits.max_source_bytes}"
