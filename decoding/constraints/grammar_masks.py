@@ -21,14 +21,23 @@ log = logging.getLogger(__name__)
 
 _MAX_PLACES = 64
 """Masks that are kept, per branch."""
+_REFUEL_EVERY = 16
+"""Tokens that llguidance may follow before it computes a mask, which is when its lexer gets new fuel."""
 
 
 @dataclass(slots=True)
 class GrammarMasks:
+    """llguidance is asked in `fill` only, which is off the engine's thread: to make a matcher of a large grammar takes
+    a tenth of a second."""
+
     vocabulary: Vocabulary
     build: Callable[[], MaskMatcher]
     _matcher: MaskMatcher | None = None
-    """Made when the first mask is asked for, which is off the engine's thread."""
+    """Each branch has its own."""
+    _tokens: list[int] = field(default_factory=list)
+    """Of the text so far."""
+    _num_followed: int = 0
+    """How many of them the matcher is past."""
     _has_failed: bool = False
     _known: dict[object, NDArray[np.int32]] = field(default_factory=dict)
     """Masks of the parser's, by its place."""
@@ -38,8 +47,7 @@ class GrammarMasks:
         tokens that end the answer may be either."""
         if not self._has_failed:
             try:
-                self._matcher = self._matcher or self.build()
-                self._matcher.fill(row)
+                self._caught_up(row).fill(row)
                 return
             except MatcherError as error:
                 self._fail(error)
@@ -52,16 +60,22 @@ class GrammarMasks:
 
     def advance(self, token_id: int) -> None:
         """Go on by a token that may come next."""
-        if not self._has_failed:
-            try:
-                self._matcher = self._matcher or self.build()
-                self._matcher.advance(token_id)
-            except MatcherError as error:
-                self._fail(error)
+        self._tokens.append(token_id)
 
     def fork(self) -> "GrammarMasks":
-        matcher = None if self._matcher is None or self._has_failed else self._matcher.fork()
-        return replace(self, _matcher=matcher, _known=dict(self._known))
+        return replace(
+            self, _matcher=None, _tokens=self._tokens.copy(), _num_followed=0, _known=dict(self._known)
+        )
+
+    def _caught_up(self, scratch: NDArray[np.int32]) -> MaskMatcher:
+        """The matcher, past all tokens of the text."""
+        matcher = self._matcher = self._matcher or self.build()
+        while self._num_followed < len(self._tokens):
+            if self._num_followed % _REFUEL_EVERY == _REFUEL_EVERY - 1:
+                matcher.fill(scratch)
+            matcher.advance(self._tokens[self._num_followed])
+            self._num_followed += 1
+        return matcher
 
     def _fail(self, error: MatcherError) -> None:
         log.info("our own parser's masks from here on: %s", error)
