@@ -75,12 +75,11 @@ class FiniteMatcher:
 
     def accept(self, token_id: int, remaining: int) -> int:
         """Go on by a token that `fill` allowed; if the budget forbids it, by another one, which is returned."""
+        if self._state != _ENDED and self._automaton.farthest[self._state] > remaining - 1:
+            # the mask had less than it could have had: an end that was chosen from it may be the budget's, too
+            self._limited_after = len(self._states) if self._limited_after is None else self._limited_after
         if token_id not in self._vocabulary.eos_ids:
             following = self._next(token_id)
-            if self._automaton.farthest[self._state] > remaining - 1:
-                self._limited_after = (
-                    len(self._states) if self._limited_after is None else self._limited_after
-                )
             if self._automaton.distance[following] > remaining - 1:
                 token_id = self._closing_token(self._state)
         self.advance(token_id)

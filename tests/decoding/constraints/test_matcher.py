@@ -236,6 +236,17 @@ def test_a_complete_text_is_ended_where_what_the_model_adds_has_no_room_to_end()
     assert (fork.is_complete, fork.limited) == (True, True)
 
 
+def test_an_end_that_the_budget_left_as_the_only_choice_is_the_budgets() -> None:
+    tables = vocabulary_of(b"a", b"b", b"c", b"d")
+    constraint = constraint_of(ConstraintSpec.regex("a(bcd)?"), tables)
+    for budget, expected in ((3, [4]), (4, [1, 4])):
+        matcher = constraint.matcher()
+        matcher.accept(0, budget)
+        assert allowed(matcher, tables.vocabulary, budget - 1) == expected
+        assert matcher.accept(4, budget - 1) == 4
+        assert matcher.limited == (budget == 3)
+
+
 def test_what_the_mask_forbids_is_an_error_and_changes_nothing_else() -> None:
     tables = vocabulary_of(b"a", b"b", b"ab", b"c")
     matcher = constraint_of(ConstraintSpec.grammar('start: "a" start "b" | "c"'), tables).matcher()
