@@ -1,5 +1,6 @@
 """The examples run as they are."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,3 +25,17 @@ def test_openai_client(base_url: str) -> None:
     output = run(sys.executable, str(EXAMPLES / "openai_client.py"), f"{base_url}/v1")
     whole, rest = output.split("\nThe same, as it is written:\n")
     assert rest.startswith(whole), "the stream says what the whole answer said"
+
+
+def test_constraints(base_url: str) -> None:
+    """Each section's answer has the form that the section asks for."""
+    output = run(sys.executable, str(EXAMPLES / "constraints.py"), f"{base_url}/v1")
+    sections = re.split(r"^\S.*:\n", output, flags=re.MULTILINE, maxsplit=5)
+    nothing, choice, date, dish, tags, free = sections
+    assert nothing == ""
+    assert choice.strip() in ("positive", "negative", "neutral")
+    assert re.fullmatch(r"  [0-9]{4}-[0-9]{2}-[0-9]{2}\n", date)
+    assert re.fullmatch(r"  Dish\(name=.*, course='(starter|main|dessert)', ingredients=\[.*\]\)\n", dish)
+    assert re.fullmatch(r"(  [A-Z][a-z]+: (PERSON|PLACE|COMPANY)\n)+", tags)
+    assert free.strip()
+    assert free.count("<weather>") == free.count("</weather>")

@@ -163,8 +163,10 @@ def test_errors_become_the_clients_exceptions(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="smollm2", messages=MESSAGES, temperature=-1)
     assert hot.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as parse:
-        client.chat.completions.parse(model="smollm2", messages=MESSAGES, response_format=Capital)
-    assert parse.value.param == "response_format"
+        client.chat.completions.parse(
+            model="smollm2", messages=MESSAGES, response_format=Capital, max_tokens=1
+        )
+    assert parse.value.param == "max_tokens"
     with pytest.raises(openai.BadRequestError) as tools:
         client.chat.completions.create(
             model="smollm2", messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f"}}]
