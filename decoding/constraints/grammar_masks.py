@@ -1,11 +1,12 @@
 """The token masks of a context-free constraint: llguidance's, and our own parser's where those would take too long.
 
-llguidance's work on a mask grows with the ambiguity of a grammar. It is bounded: beyond the bound, or after any other
-error of its matcher, the branch's masks are read off our own parser. Slower at a new place in the text, a look-up at
-one that it has seen; exact like the other.
+llguidance's work on a mask grows with the ambiguity of a grammar. It is bounded: beyond the bound, when masks are slow,
+or after any other error of its matcher, the branch's masks are read off our own parser. Slower at a new place in the
+text, a look-up at one that it has seen; exact like the other, so that it does not matter when the change comes.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 _MAX_PLACES = 64
 """Masks that are kept, per branch."""
+_SLOW_SECONDS, _MAX_SLOW = 0.02, 3
+"""Of processor time for one mask, and how many such masks are put up with."""
 _REFUEL_EVERY = 16
 """Tokens that llguidance may follow before it computes a mask, which is when its lexer gets new fuel."""
 
@@ -38,6 +41,7 @@ class GrammarMasks:
     """Of the text so far."""
     _num_followed: int = 0
     """How many of them the matcher is past."""
+    _num_slow: int = 0
     _has_failed: bool = False
     _known: dict[object, NDArray[np.int32]] = field(default_factory=dict)
     """Masks of the parser's, by its place."""
@@ -47,7 +51,12 @@ class GrammarMasks:
         tokens that end the answer may be either."""
         if not self._has_failed:
             try:
-                self._caught_up(row).fill(row)
+                matcher = self._caught_up(row)
+                started = time.thread_time()
+                matcher.fill(row)
+                self._num_slow += time.thread_time() - started > _SLOW_SECONDS
+                if self._num_slow > _MAX_SLOW:
+                    raise MatcherError("llguidance's masks are slow")
                 return
             except MatcherError as error:
                 self._fail(error)
