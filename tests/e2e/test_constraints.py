@@ -112,7 +112,7 @@ WAYS: dict[str, tuple[dict[str, Any], Check]] = {
     "SGLang's regex": ({"regex": REGEX}, is_of_regex),
     "SGLang's ebnf": ({"ebnf": GBNF}, is_of_gbnf),
 }
-BUDGET = 18
+BUDGET = 20  # enough for the shortest of each
 SAMPLED = {"temperature": 1, "seed": 11, "n": 2, "max_tokens": BUDGET}
 GREEDY = {"temperature": 0, "max_tokens": BUDGET}
 QUESTION = "Name a city, and say how many people live there."
