@@ -90,7 +90,10 @@ def _parsed(spec: ConstraintSpec) -> Any:
 def _schema_options(spec: ConstraintSpec, effort: Effort) -> SchemaOptions:
     options: dict[str, Any] = {}
     if spec.whitespace_pattern is not None:
-        options["whitespace"] = parse_regex(spec.whitespace_pattern, "python", effort)
+        try:
+            options["whitespace"] = parse_regex(spec.whitespace_pattern, "python", effort)
+        except ConstraintError as error:
+            raise type(error)(f"whitespace_pattern: {error}") from None
     elif not spec.any_whitespace:
         options["whitespace"] = EPSILON
     if spec.additional_properties is not None:

@@ -27,8 +27,8 @@ _REFUEL_EVERY = 16
 """Tokens that may be consumed before a mask is computed, which is when the lexer gets new fuel."""
 
 
-_MAX_ITEMS = 20_000
-"""Of a mask. Grammars that are not ambiguous take some hundreds; beyond this, another way is quicker."""
+_MAX_ITEMS = 200_000
+"""Of a mask. Grammars that are not ambiguous take some hundreds, objects of hundreds of optional keys tens of thousands."""
 
 
 def _limits() -> LLParserLimits:
