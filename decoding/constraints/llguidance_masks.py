@@ -28,7 +28,8 @@ _REFUEL_EVERY = 16
 
 
 _MAX_ITEMS = 200_000
-"""Of a mask. Grammars that are not ambiguous take some hundreds, objects of hundreds of optional keys tens of thousands."""
+"""Of a mask. Grammars that are not ambiguous take some hundreds, objects of hundreds of optional keys tens of
+thousands."""
 
 
 def _limits() -> LLParserLimits:
