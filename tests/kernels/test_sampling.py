@@ -20,8 +20,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from cadenza.kernels.noise import all_words, random_words
-from cadenza.kernels.sampling import SamplingRows, sample, truncate
+from cadenza.kernels.noise import all_words, gumbel, random_words
+from cadenza.kernels.sampling import SamplingRows, divide_by_temperature, sample, truncate
 
 FALSE_ALARM = 1e-4
 OFF: dict[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
@@ -245,3 +245,27 @@ def test_a_rare_token_is_drawn_as_often_as_it_should():
     than once in 100 000 times."""
     logits = torch.tensor([np.log(0.999), np.log(0.001)], dtype=torch.float32)
     assert 15 <= int((draw(logits, {"top_k": 2}, 40_000) == 1).sum()) <= 75
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.02, 0.5])
+def test_leaving_out_what_cannot_be_drawn_changes_no_draw(share: float) -> None:
+    """Rows under a constraint: few tokens have finite logits, and noise is made for those alone."""
+    torch.manual_seed(4)
+    logits = torch.randn(7, 5003) * 4
+    logits[torch.rand(7, 5003) > share] = -torch.inf
+    logits[:, 7] = 0.0
+    rows = SamplingRows(
+        temperature=torch.full((7,), 0.9),
+        top_k=torch.zeros(7, dtype=torch.int64),
+        top_p=torch.ones(7),
+        min_p=torch.zeros(7),
+        typical_p=torch.ones(7),
+        seed=torch.arange(7) * 2**40,
+        branch=torch.zeros(7, dtype=torch.int64),
+        position=torch.arange(7),
+    )
+    words = all_words(rows.seed, rows.branch, rows.position, 5003)
+    expected = (divide_by_temperature(logits, rows.temperature) + gumbel(words)).argmax(dim=-1)
+    assert sample(logits, rows).tolist() == expected.tolist()
+    alone = [int(sample(logits[i : i + 1], rows.select(torch.tensor([i])))) for i in range(7)]
+    assert alone == expected.tolist()
