@@ -129,13 +129,17 @@ class GrammarMatcher:
         """Whether the text can be completed in `budget` tokens. Fewer bytes than that are enough to know."""
         if self.spells_completions and self.parser.min_bytes() <= budget:
             return True
-        if self._completion is None:
-            self._completion = self.vocabulary.segment(self.parser.completion())
-        return self._completion is not None and len(self._completion) <= budget
+        completion = self._shortest()
+        return completion is not None and len(completion) <= budget
 
     def _complete(self, budget: int) -> list[int]:
+        completion = self._shortest()
+        if completion is None or len(completion) > budget:
+            raise MatcherError(f"no completion of {budget} tokens is known")
+        return completion
+
+    def _shortest(self) -> list[int] | None:
+        """The completion that is held, or else is looked for now; None where no tokens spell one."""
         if self._completion is None:
             self._completion = self.vocabulary.segment(self.parser.completion())
-        if self._completion is None or len(self._completion) > budget:
-            raise MatcherError(f"no completion of {budget} tokens is known")
         return self._completion

@@ -86,7 +86,7 @@ class Vocabulary:
 
     def prepare(self) -> None:
         """Make the tables now, rather than when the first constraint needs them."""
-        _ = self.trie, self.in_order, self._lengths, self._sorted, self._longest
+        _ = self.trie, self._lengths, self._sorted, self._longest
 
     @cached_property
     def in_order(self) -> "TextsInOrder":

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from cadenza.decoding.constraints.automata.expression import EPSILON, Expression, Literal
+from cadenza.decoding.constraints.automata.expression import EPSILON, Expression
 from cadenza.decoding.constraints.limits import Effort
 
 Symbol: TypeAlias = str | Expression
@@ -77,7 +77,3 @@ class GrammarBuilder:
     def build(self, start: Symbol) -> Grammar:
         name = start if isinstance(start, str) else self.sequence(start, hint="start")
         return Grammar(name, dict(self.rules))
-
-
-def literal(text: str) -> Literal:
-    return Literal(text)

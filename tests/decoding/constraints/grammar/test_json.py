@@ -15,14 +15,14 @@ from cadenza.decoding.constraints.automata.expression import (
     star,
 )
 from cadenza.decoding.constraints.grammar.compiled import CompiledGrammar, compile_grammar
-from cadenza.decoding.constraints.grammar.grammar import GrammarBuilder, literal
+from cadenza.decoding.constraints.grammar.grammar import GrammarBuilder
 from cadenza.decoding.constraints.grammar.parser import Parser
 from cadenza.decoding.constraints.limits import Effort
 
 _DIGITS = plus(CharSet.chars("0123456789"))
-_NUMBER = concat(optional(literal("-")), _DIGITS, optional(concat(literal("."), _DIGITS)))
+_NUMBER = concat(optional(Literal("-")), _DIGITS, optional(concat(Literal("."), _DIGITS)))
 _CHARACTER = CharSet.chars('"\\').union(CharSet.of([(0, 31)])).complement()
-_STRING = concat(literal('"'), star(_CHARACTER), literal('"'))
+_STRING = concat(Literal('"'), star(_CHARACTER), Literal('"'))
 _SPACE = Repeat(CharSet.chars(" \n"), 0, 2)
 
 
@@ -31,11 +31,11 @@ def grammar() -> CompiledGrammar:
     builder = GrammarBuilder(Effort())
     words = [(Literal(word),) for word in ("true", "false", "null")]
     builder.add("value", [("object",), ("array",), (_STRING,), (_NUMBER,), *words])
-    comma = builder.sequence(literal(","), _SPACE)
-    pair = builder.sequence(_STRING, _SPACE, literal(":"), _SPACE, "value", _SPACE)
-    builder.add("object", [(literal("{"), _SPACE, builder.repeat(pair, 0, None, comma), literal("}"))])
+    comma = builder.sequence(Literal(","), _SPACE)
+    pair = builder.sequence(_STRING, _SPACE, Literal(":"), _SPACE, "value", _SPACE)
+    builder.add("object", [(Literal("{"), _SPACE, builder.repeat(pair, 0, None, comma), Literal("}"))])
     item = builder.sequence("value", _SPACE)
-    builder.add("array", [(literal("["), _SPACE, builder.repeat(item, 0, None, comma), literal("]"))])
+    builder.add("array", [(Literal("["), _SPACE, builder.repeat(item, 0, None, comma), Literal("]"))])
     return compile_grammar(builder.build("value"), Effort())
 
 

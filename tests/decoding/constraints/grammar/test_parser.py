@@ -18,7 +18,7 @@ from cadenza.decoding.constraints.automata.expression import (
 )
 from cadenza.decoding.constraints.errors import MatcherError
 from cadenza.decoding.constraints.grammar.compiled import compile_grammar
-from cadenza.decoding.constraints.grammar.grammar import Grammar, GrammarBuilder, Production, literal
+from cadenza.decoding.constraints.grammar.grammar import Grammar, GrammarBuilder, Production
 from cadenza.decoding.constraints.grammar.parser import Parser
 from cadenza.decoding.constraints.limits import Effort
 
@@ -170,7 +170,7 @@ def test_a_bounded_list_costs_the_same_per_item() -> None:
     work = []
     for count in (200, 2_000):
         builder = GrammarBuilder(Effort())
-        items = builder.repeat(literal("ab"), 0, count, literal(","))
+        items = builder.repeat(Literal("ab"), 0, count, Literal(","))
         parser = Parser(compile_grammar(builder.build(items), Effort()))
         assert parser.advance(b"ab," * (count - 1) + b"ab")
         assert parser.is_ended
