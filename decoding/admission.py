@@ -13,7 +13,7 @@ from cadenza.decoding.constraints.spec import check_combination
 from cadenza.decoding.detokenizer import IncrementalDetokenizer, StopStringFilter, TextStream
 from cadenza.decoding.generation import Generation
 from cadenza.decoding.request import GenerationRequest, RequestError, SamplingParams
-from cadenza.decoding.strategies import IndependentBranches
+from cadenza.decoding.strategies.factory import strategy_of
 from cadenza.decoding.stream import RequestStream
 from cadenza.models import LoadedModel, Tokenizer
 
@@ -46,6 +46,7 @@ def admit(
         wanted = getattr(params, name)
         if wanted is not None and wanted > config.max_logprobs:
             raise RequestError(f"{name} must be at most {config.max_logprobs}, got {wanted}", name)
+    strategy = strategy_of(request, config)
     root = Branch(
         order=(request.priority, arrival, 0),
         index=0,
@@ -56,13 +57,13 @@ def admit(
             StopStringFilter(params.stop, params.include_stop_str_in_output),
         ),
         cache_root=prefix_root(cache_salt=request.cache_salt),
-        reads_cache=params.prompt_logprobs is None,
+        reads_cache=params.prompt_logprobs is None and not strategy.needs.hidden,
         matcher=None if request.constraint is None else request.constraint.matcher(),
     )
     return Generation(
         request=request,
         stream=stream,
-        strategy=IndependentBranches(params.n),
+        strategy=strategy,
         root=root,
         seed=seed,
         max_tokens=max_tokens,

@@ -4,12 +4,12 @@ Facts are stored, conclusions are properties. A branch knows nothing of tensors,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cadenza.decoding.block_pool import hash_block
 from cadenza.decoding.detokenizer import TextStream
-from cadenza.decoding.request import FinishReason
+from cadenza.decoding.request import Delta, FinishReason
 
 if TYPE_CHECKING:
     from cadenza.decoding.constraints.matcher import Matcher
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 @dataclass(slots=True, eq=False)
 class Branch:
     order: tuple[int, int, int]
-    """(priority, arrival of the request, index): who goes first, and who is preempted last."""
+    """(priority, arrival of the request, number): who goes first, and who is preempted last."""
     index: int
-    """Which of the request's choices; also the `branch` of its random numbers."""
+    """Which of the request's samples; also the `branch` of its random numbers."""
     num_prompt_tokens: int
     token_ids: list[int]
     """Prompt and generated tokens."""
@@ -41,6 +41,10 @@ class Branch:
     """Follows the tokens where the request has a constraint."""
     pending: list[int] = field(default_factory=list)
     """Tokens that the matcher is past already: the constraint's, to come one in a step for their log-probability."""
+    unsent: list[Delta] = field(default_factory=list)
+    """News that the strategy has not let go yet."""
+    cumulative_logprob: float = 0.0
+    """Of the generated tokens, where the strategy needs scores or the client wants them."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -77,20 +81,22 @@ class Branch:
             self.block_hashes.append(hash_block(parent, self.token_ids[start : start + block_size]))
         return self.block_hashes[:count]
 
-    def fork(self, index: int) -> "Branch":
-        """A copy that shares the blocks; whoever calls adds the references. Only before the first token."""
-        assert self.num_generated == 0
-        return Branch(
-            order=(*self.order[:2], index),
+    @property
+    def request(self) -> tuple[int, int]:
+        """Equal for the branches of one request."""
+        return self.order[:2]
+
+    def fork(self, number: int, index: int) -> "Branch":
+        """A copy that shares the blocks; whoever calls adds the references."""
+        return replace(
+            self,
+            order=(*self.order[:2], number),
             index=index,
-            num_prompt_tokens=self.num_prompt_tokens,
-            token_ids=list(self.token_ids),
+            token_ids=self.token_ids.copy(),
             text=self.text.fork(),
-            cache_root=self.cache_root,
-            reads_cache=self.reads_cache,
-            num_computed=self.num_computed,
-            block_table=list(self.block_table),
-            block_hashes=list(self.block_hashes),
-            num_published=self.num_published,
+            block_table=self.block_table.copy(),
+            block_hashes=self.block_hashes.copy(),
             matcher=None if self.matcher is None else self.matcher.fork(),
+            pending=self.pending.copy(),
+            unsent=self.unsent.copy(),
         )

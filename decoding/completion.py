@@ -41,7 +41,7 @@ def collect(events: Iterable[Event], n: int) -> Completion:
     for event in events:
         if isinstance(event, PromptDone):
             completion.prompt = event
-        else:
+        elif isinstance(event, Delta):
             _add(completion.choices[event.index], event)
     return completion
 

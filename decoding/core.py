@@ -6,6 +6,7 @@ Everything that a step touches belongs to it; the rest of the program talks to i
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,11 +14,12 @@ from torch import Tensor
 from cadenza.decoding.bitmask import BitmaskFiller, StepBitmask
 from cadenza.decoding.block_pool import BlockPool
 from cadenza.decoding.branch import Branch
-from cadenza.decoding.generation import Generation
+from cadenza.decoding.generation import Generation, matcher_failed
 from cadenza.decoding.logits import Choice, LogitsPipeline, Row, token_logprobs
 from cadenza.decoding.request import RequestError, RequestFailed
 from cadenza.decoding.runner import ModelRunner, StepLogits
 from cadenza.decoding.scheduler import Scheduler, Step
+from cadenza.decoding.strategies.base import Result
 from cadenza.decoding.stream import RequestStream, wake
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ class EngineCore:
         self._pipeline = pipeline
         self._masks = masks
         self._generations: dict[Branch, Generation] = {}
+        self._hidden: dict[Branch, tuple[int, list[Tensor]]] = {}
+        """Of branches that a strategy wants them of: position of the first, and [tokens, d] in pieces."""
         self._delivered: list[RequestStream] = []
 
     @property
@@ -57,8 +61,7 @@ class EngineCore:
 
     def remove(self, generation: Generation) -> None:
         """Forget a request, finished or not, and free all that its branches hold."""
-        branches = generation.branches or [generation.root]
-        for branch in [branch for branch in branches if branch in self._generations]:
+        for branch in [branch for branch, owner in self._generations.items() if owner is generation]:
             self._drop(branch)
 
     def fail(self, generation: Generation, error: Exception) -> None:
@@ -81,10 +84,11 @@ class EngineCore:
         step = self.scheduler.schedule()
         filling = self._masks.start(self._constrained(step))
         try:
-            output = self._runner(step, self._wants_prompt_logits(step))
+            output = self._runner(step, self._wants_prompt_logits(step), self._wants_hidden(step))
             bitmask = StepBitmask() if filling is None else filling.result()
             self.scheduler.complete(step)
             self._score_prompts(step, output)
+            self._collect_hidden(step, output)
             members, rows = self._rows(output, bitmask)
             choices = self._pipeline(output.logits, rows, bitmask.words) if rows else []
         except Exception as error:  # whatever went wrong, only the requests of this step are lost
@@ -93,7 +97,7 @@ class EngineCore:
             for generation in {self._generations[branch] for branch in alive}:
                 self.fail(generation, RequestFailed(f"the engine failed on this request: {error}"))
             return
-        self._advance(members, rows, choices, output.logits)
+        self._advance(self._results(members, rows, choices, output.logits, bitmask.words))
 
     def _constrained(self, step: Step) -> list[tuple[Branch, int]]:
         """The constrained branches that get a token, and how many each may still have."""
@@ -114,6 +118,17 @@ class EngineCore:
             and generation.request.sampling.prompt_logprobs is not None
         ]
 
+    def _wants_hidden(self, step: Step) -> set[Branch]:
+        return {span.branch for span in step.spans if self._generations[span.branch].strategy.needs.hidden}
+
+    def _collect_hidden(self, step: Step, output: StepLogits) -> None:
+        for span in step.spans:
+            if span.branch in output.hidden:
+                first, parts = self._hidden.get(span.branch, (0, []))
+                if span.start != first + sum(len(part) for part in parts):
+                    first, parts = span.start, []
+                self._hidden[span.branch] = (first, [*parts, output.hidden[span.branch]])
+
     def _score_prompts(self, step: Step, output: StepLogits) -> None:
         """Log-probabilities of the prompt tokens that this step's logits predict."""
         for span in step.spans:
@@ -133,7 +148,7 @@ class EngineCore:
         """Who needs a token. A request whose prompt is done begins here: its forks share one row of logits."""
         for branch, error in bitmask.errors.items():
             if branch in self._generations:  # another branch of the request may have failed before
-                self.fail(self._generations[branch], _matcher_failed(error))
+                self.fail(self._generations[branch], matcher_failed(error))
         members: list[Branch] = []
         rows: list[Row] = []
         for branch, logits_row in output.last_row.items():
@@ -142,7 +157,7 @@ class EngineCore:
             generation = self._generations[branch]
             self.tokens.prompt += 0 if generation.is_begun else branch.num_prompt_tokens
             try:
-                ready = [branch] if generation.is_begun else self._begin(generation)
+                ready = self._begin(generation, branch) if branch in generation.stems else [branch]
             except Exception as error:
                 log.exception("a request could not begin")
                 self.fail(generation, RequestFailed(f"the request's branches could not begin: {error}"))
@@ -152,34 +167,36 @@ class EngineCore:
                 rows.append(generation.row(member, logits_row, bitmask.row_of.get(branch)))
         return members, rows
 
-    def _begin(self, generation: Generation) -> list[Branch]:
+    def _begin(self, generation: Generation, stem: Branch) -> list[Branch]:
         """The branches that take their first token now; forks beyond the batch's limit come when there is room."""
-        branches = generation.begin()
+        branches = generation.begin(stem)
+        self._sync(generation)
         if not branches:  # max_tokens 0: there is nothing to generate
-            self._drop(generation.root)
             self._deliver(generation)
-        for branch in branches:
-            if branch is not generation.root:
-                self._generations[branch] = generation
-                self.scheduler.add_fork(branch)
         return [branch for branch in branches if self.scheduler.is_running(branch)]
 
-    def _advance(
-        self, members: Sequence[Branch], rows: Sequence[Row], choices: Sequence[Choice], logits: Tensor
-    ) -> None:
-        results: dict[Generation, list[tuple[Branch, Choice]]] = {}
+    def _results(
+        self,
+        members: Sequence[Branch],
+        rows: Sequence[Row],
+        choices: Sequence[Choice],
+        logits: Tensor,
+        words: Tensor | None,
+    ) -> dict[Generation, list[Result]]:
+        results: dict[Generation, list[Result]] = {}
         for branch, row, choice in zip(members, rows, choices, strict=True):
-            generation = self._generations.get(branch)
-            if generation is None:  # another branch of the request has failed
-                continue
-            try:
-                reviewed = self._review(generation, row, branch, choice, logits)
-            except Exception as error:
-                log.exception("a matcher failed")
-                self.fail(generation, _matcher_failed(error))
-                results.pop(generation, None)
-                continue
-            results.setdefault(generation, []).append((branch, reviewed))
+            first, hidden = self._hidden.pop(branch, (0, []))
+            result = Result(
+                branch,
+                choice,
+                partial(self._pipeline.scored, logits, row, words),
+                torch.cat(hidden) if hidden else None,
+                first,
+            )
+            results.setdefault(self._generations[branch], []).append(result)
+        return results
+
+    def _advance(self, results: dict[Generation, list[Result]]) -> None:
         for generation, own in results.items():
             num_before = generation.num_generated
             try:
@@ -187,31 +204,26 @@ class EngineCore:
             except (RequestError, RequestFailed) as error:
                 self.fail(generation, error)
                 continue
-            except (
-                Exception
-            ) as error:  # what it asks of its matcher: runs of forced tokens, whether the text ends
-                log.exception("a matcher failed")
-                self.fail(generation, _matcher_failed(error))
+            except Exception as error:
+                log.exception("a strategy failed")
+                self.fail(generation, RequestFailed(f"the decoding strategy failed: {error}"))
                 continue
             self.tokens.generated += generation.num_generated - num_before
-            for branch, _ in own:
-                if branch.is_finished:
-                    self._drop(branch)
+            self._sync(generation)
             self._deliver(generation)
 
-    def _review(
-        self, generation: Generation, row: Row, branch: Branch, choice: Choice, logits: Tensor
-    ) -> Choice:
-        """The choice, or the token that the constraint needs in its place so that the rest still fits."""
-        if branch.matcher is None or choice.token_id is None:
-            return choice
-        if is_forced := bool(branch.pending):
-            token_id = branch.pending.pop(0)
-        else:
-            token_id = branch.matcher.accept(choice.token_id, generation.remaining(branch))
-        if token_id == choice.token_id and not is_forced:
-            return choice
-        return Choice(token_id, self._pipeline.logprob(logits, row, token_id), is_forced)
+    def _sync(self, generation: Generation) -> None:
+        """Take on the branches that a strategy has made, then let go of those that it is done with."""
+        for branch in generation.forked:
+            self._generations[branch] = generation
+            self.scheduler.add_fork(branch)
+        for branch in generation.restarted:
+            self._generations[branch] = generation
+            self.scheduler.add(branch)
+        for branch in generation.retired:
+            self._drop(branch)
+        for branches in (generation.forked, generation.restarted, generation.retired):
+            branches.clear()
 
     def _deliver(self, generation: Generation) -> None:
         generation.deliver()
@@ -219,8 +231,5 @@ class EngineCore:
 
     def _drop(self, branch: Branch) -> None:
         del self._generations[branch]
+        self._hidden.pop(branch, None)
         self.scheduler.remove(branch)
-
-
-def _matcher_failed(error: BaseException) -> RequestFailed:
-    return RequestFailed(f"the constraint's matcher failed: {error}")

@@ -1,10 +1,13 @@
 """The life of one request inside the engine: its branches, their text, when they end, what its stream is told.
 
-Knows the model's ends and the request's parameters; no tensors but the prompt's scores, no blocks, no threads.
+The strategy decides, by these verbs: `fork`, `accept` and `append` (or both in one, `take`), `drop`, `restart`,
+`send`, `tell`. Knows the model's ends and the request's parameters; no tensors but scores, no blocks, no threads.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cadenza.decoding.branch import Branch
@@ -19,11 +22,13 @@ from cadenza.decoding.request import (
     RequestFailed,
     TokenLogprob,
 )
-from cadenza.decoding.strategies import Strategy
+from cadenza.decoding.strategies.base import Result, Strategy
 from cadenza.decoding.stream import RequestStream
 
 if TYPE_CHECKING:
     from cadenza.decoding.constraints.matcher import Matcher
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -36,49 +41,65 @@ class Generation:
     max_tokens: int
     eos_token_ids: frozenset[int]
     bad_words: Sequence[Sequence[int]]
-    branches: list[Branch] = field(default_factory=list)
-    """Empty until the prompt is computed."""
+    num_generated: int = 0
+    """Tokens of all branches there ever were."""
+    is_begun: bool = False
+    """The prompt is computed."""
+    live: list[Branch] = field(init=False)
+    """Branches that may still grow."""
+    stems: list[Branch] = field(init=False)
+    """Live branches that are a prompt only: when it is computed, the strategy begins with it."""
+    forked: list[Branch] = field(default_factory=list)
+    """New since the engine last asked; likewise the others."""
+    restarted: list[Branch] = field(default_factory=list)
+    retired: list[Branch] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     _events: list[Event] = field(default_factory=list)
+    _pristine: Branch = field(init=False)
+    _num_branches: int = 1
 
-    @property
-    def is_begun(self) -> bool:
-        return bool(self.branches)
+    def __post_init__(self) -> None:
+        self.live, self.stems = [self.root], [self.root]
+        self._pristine = replace(self.root, matcher=None).fork(0, 0)
 
     @property
     def is_finished(self) -> bool:
-        return self.is_begun and all(branch.is_finished for branch in self.branches)
-
-    def begin(self) -> list[Branch]:
-        """The prompt is computed. Returns the branches that the strategy wants tokens for, if any are allowed."""
-        wants_logprobs = self.request.sampling.prompt_logprobs is not None
-        self._events.append(
-            PromptDone(
-                num_prompt_tokens=self.root.num_prompt_tokens,
-                num_cached_tokens=self.root.num_cached_tokens or 0,
-                logprobs=tuple(self.prompt_logprobs) if wants_logprobs else None,
-            )
-        )
-        self.branches = self.strategy.begin(self.root)
-        if self.max_tokens == 0:
-            for branch in self.branches:
-                self._finish(branch, "length")
-                self._events.append(
-                    Delta(branch.index, "", finish_reason="length", closed_early=_closed_early(branch))
-                )
-            return []
-        return self.branches
+        return self.is_begun and not self.live
 
     @property
-    def num_generated(self) -> int:
-        return sum(branch.num_generated for branch in self.branches)
+    def wants_scores(self) -> bool:
+        """Every token's log-probability is asked for, so that none may be skipped."""
+        request = self.request
+        return request.sampling.logprobs is not None or request.explain or self.strategy.needs.scores
 
     def remaining(self, branch: Branch) -> int:
         """Tokens that the branch may still be given."""
         return self.max_tokens - branch.num_generated
 
+    # what the engine asks
+
+    def begin(self, stem: Branch) -> list[Branch]:
+        """The prompt is computed. Returns the branches that the strategy wants tokens for, if any are allowed."""
+        self.stems.remove(stem)
+        if not self.is_begun:
+            self.is_begun = True
+            wants_logprobs = self.request.sampling.prompt_logprobs is not None
+            self.tell(
+                PromptDone(
+                    num_prompt_tokens=stem.num_prompt_tokens,
+                    num_cached_tokens=stem.num_cached_tokens or 0,
+                    logprobs=tuple(self.prompt_logprobs) if wants_logprobs else None,
+                )
+            )
+        if self.max_tokens > 0:
+            return self.strategy.begin(stem, self)
+        self._finish(stem, "length")
+        for index in range(self.request.sampling.n):
+            self.tell(Delta(index, "", finish_reason="length", closed_early=_closed_early(stem)))
+        return []
+
     def row(self, branch: Branch, logits_row: int, mask: int | None = None) -> Row:
-        params = self.request.sampling
+        params, needs = self.request.sampling, self.strategy.needs
         return Row(
             logits_row=logits_row,
             sampling=params,
@@ -87,8 +108,10 @@ class Generation:
             prompt=branch.token_ids[: branch.num_prompt_tokens] if params.repetition_penalty != 1.0 else (),
             generated=branch.generated,
             banned=self._banned(branch),
-            num_logprobs=params.logprobs,
+            num_logprobs=0 if params.logprobs is None and needs.scores else params.logprobs,
             mask=mask,
+            candidates=needs.candidates,
+            explain=self.request.explain,
         )
 
     def _banned(self, branch: Branch) -> list[int]:
@@ -103,12 +126,12 @@ class Generation:
                 banned.append(last)
         return banned
 
-    def advance(self, results: Sequence[tuple[Branch, Choice]]) -> None:
+    def advance(self, results: Sequence[Result]) -> None:
         """Apply one step's results. Raises RequestError or RequestFailed if a branch has no token to go on with."""
-        for action in self.strategy.advance(results):
-            if action.choice.token_id is None:
+        for result in results:
+            if result.choice.token_id is None and not result.choice.candidates:
                 raise self._no_token()
-            self._append(action.branch, action.choice, action.choice.token_id)
+        self.strategy.advance(results, self)
 
     def _no_token(self) -> Exception:
         params = self.request.sampling
@@ -119,37 +142,116 @@ class Generation:
                 )
         return RequestFailed("the model's logits are not numbers")
 
-    def _append(self, branch: Branch, choice: Choice, token_id: int) -> None:
+    def deliver(self) -> None:
+        """Hand the step's events to the stream, without waking who awaits them."""
+        events, self._events = self._events, []
+        self.stream.put(events, is_last=self.is_finished)
+
+    # what the strategy does
+
+    def fork(self, branch: Branch, index: int = 0) -> Branch:
+        """A branch that shares `branch`'s past: its KV cache blocks, copied on write, and a clone of its matcher."""
+        fork = branch.fork(self._num_branches, index)
+        self._num_branches += 1
+        self.live.append(fork)
+        self.forked.append(fork)
+        return fork
+
+    def restart(self, index: int) -> None:
+        """Compute the prompt once more (mostly from the prefix cache), and begin again with a branch of that index."""
+        stem = self._pristine.fork(self._num_branches, index)
+        if self.request.constraint is not None:
+            stem.matcher = self.request.constraint.matcher()
+        self._num_branches += 1
+        for branches in (self.live, self.stems, self.restarted):
+            branches.append(stem)
+
+    def drop(self, branch: Branch) -> None:
+        """The branch is of no more use; what it has not sent is lost."""
+        self.live.remove(branch)
+        if branch in self.forked:
+            self.forked.remove(branch)
+        else:
+            self.retired.append(branch)
+
+    def take(self, result: Result) -> None:
+        """Append the token drawn, or the one that the constraint needs in its place."""
+        branch, drawn = result.branch, result.choice.token_id
+        assert drawn is not None
+        if branch.pending:
+            self.append(branch, replace(result.scored(branch.pending.pop(0)), decision="forced"))
+        elif (token_id := self.accept(branch, drawn)) == drawn:
+            self.append(branch, result.choice)
+        else:
+            self.append(branch, replace(result.scored(token_id), decision="closing"))
+
+    def accept(self, branch: Branch, token_id: int) -> int:
+        """Let the branch's matcher go on by a token that its mask allows. Returns that token, or another one to
+        append in its place, so that the rest of the text still fits the budget."""
+        if branch.matcher is None:
+            return token_id
+        with _matching():
+            return branch.matcher.accept(token_id, self.remaining(branch))
+
+    def append(self, branch: Branch, choice: Choice) -> None:
+        """Let the branch grow by a token that its matcher has accepted. The branch may be finished then."""
+        token_id = choice.token_id
+        assert token_id is not None
+        if choice.logprob is not None:
+            branch.cumulative_logprob += choice.logprob.logprob
         if branch.matcher is None:
             forced: Sequence[int] = ()
             text = self._text_and_end(branch, token_id)
         else:
-            forced = self._forced(branch, branch.matcher, token_id)
-            text = self._constrained_text_and_end(branch, branch.matcher, (token_id, *forced))
+            with _matching():
+                forced = self._forced(branch, branch.matcher, token_id)
+                text = self._constrained_text_and_end(branch, branch.matcher, (token_id, *forced))
         if branch.is_finished:
             text += branch.text.flush()
             if branch.text.stop_string is not None and branch.stop_reason is None:
-                self._finish(branch, "stop", branch.text.stop_string)
-        self._events.append(
+                branch.finish_reason, branch.stop_reason = "stop", branch.text.stop_string
+        self.num_generated += 1 + len(forced)
+        explanation = choice.explanation
+        branch.unsent.append(
             Delta(
                 branch.index,
                 text,
                 (token_id, *forced),
-                None if choice.logprob is None else (choice.logprob,),
+                (choice.logprob,) if choice.logprob and self.request.sampling.logprobs is not None else None,
                 branch.finish_reason,
                 branch.stop_reason,
-                num_forced_tokens=choice.is_forced + len(forced),
+                num_forced_tokens=(choice.decision == "forced") + len(forced),
                 closed_early=_closed_early(branch),
+                explanations=None
+                if explanation is None
+                else (replace(explanation, decision=choice.decision),),
             )
         )
 
+    def send(
+        self, branch: Branch, index: int | None = None, count: int | None = None, score: float | None = None
+    ) -> None:
+        """Let go of what the branch has to say, or of its first `count` pieces, as choice `index` (None: its own).
+        A score goes out with the finish reason."""
+        sent, branch.unsent = branch.unsent[:count], [] if count is None else branch.unsent[count:]
+        for delta in sent:
+            index = delta.index if index is None else index
+            if index != delta.index or score is not None:
+                delta = replace(delta, index=index, score=None if delta.finish_reason is None else score)
+            self._events.append(delta)
+
+    def tell(self, event: Event) -> None:
+        self._events.append(event)
+
+    # text and ends
+
     def _forced(self, branch: Branch, matcher: "Matcher", token_id: int) -> Sequence[int]:
-        """The tokens to which the constraint leaves no alternative after `token_id`. Where log-probabilities are
-        wanted they come one by one, as the model is asked about each of them."""
-        if token_id in self.eos_token_ids or branch.pending:
+        """The tokens to which the constraint leaves no alternative after `token_id`. Where scores are wanted they
+        come one by one, as the model is asked about each of them."""
+        if token_id in self.eos_token_ids or branch.pending or not self.strategy.needs.jumps:
             return ()
         forced = matcher.forced(self.remaining(branch) - 1)
-        if self.request.sampling.logprobs is None:
+        if not self.wants_scores:
             return forced
         branch.pending = forced
         return ()
@@ -187,11 +289,23 @@ class Generation:
 
     def _finish(self, branch: Branch, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         branch.finish_reason, branch.stop_reason = reason, stop_reason
+        self.drop(branch)
 
-    def deliver(self) -> None:
-        """Hand the step's events to the stream, without waking who awaits them."""
-        events, self._events = self._events, []
-        self.stream.put(events, is_last=self.is_finished)
+
+@contextmanager
+def _matching() -> Iterator[None]:
+    """Whatever a matcher raises is the failure of its request."""
+    try:
+        yield
+    except RequestFailed:
+        raise
+    except Exception as error:
+        log.exception("a matcher failed")
+        raise matcher_failed(error) from error
+
+
+def matcher_failed(error: BaseException) -> RequestFailed:
+    return RequestFailed(f"the constraint's matcher failed: {error}")
 
 
 def _closed_early(branch: Branch) -> bool | None:

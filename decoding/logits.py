@@ -11,10 +11,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cadenza.decoding.request import SamplingParams, TokenLogprob
+from cadenza.decoding.request import Decision, SamplingParams, TokenExplanation, TokenLogprob
 from cadenza.kernels.sampling import SamplingRows, divide_by_temperature, sample, truncate
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """A wish for the most likely tokens, where a strategy searches instead of drawing one."""
+
+    count: int
+    normalized: bool
+    """Whether they are scored by the distribution that masks, penalties and bias leave. If not, those act on the
+    log-probabilities of the model, as in transformers' beam search, so that scores of texts can be compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +44,20 @@ class Row:
     """Alternatives wanted; 0: the chosen token's log-probability only; None: no log-probabilities."""
     mask: int | None = None
     """Its row in the step's bitmask, where a constraint says what may come."""
+    candidates: Candidates | None = None
+    """None: one token is drawn."""
+    explain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     token_id: int | None
-    """None: the row's bans leave no token, or its logits are not numbers."""
+    """None: the row's bans leave no token, or its logits are not numbers; or candidates were asked for."""
     logprob: TokenLogprob | None
-    is_forced: bool = False
-    """The constraint left no alternative."""
+    decision: Decision
+    candidates: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability), best first; of equal ones the lower token first."""
+    explanation: TokenExplanation | None = None
 
 
 class LogitsPipeline:
@@ -53,12 +68,21 @@ class LogitsPipeline:
     def __call__(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None = None) -> list[Choice]:
         """logits: [number of distinct rows, V] float32, left as they are; bitmask: [any, ceil(V / 32)] int32 on the
         host. One choice for each of `rows`."""
-        raw = logits[torch.tensor([row.logits_row for row in rows], device=logits.device)]
+        searching = [number for number, row in enumerate(rows) if row.candidates is not None]
+        if not searching:
+            return self._draw(logits, rows, bitmask)
+        drawing = [number for number, row in enumerate(rows) if row.candidates is None]
+        choices: dict[int, Choice] = {}
+        for numbers, choose in ((searching, self._search), (drawing, self._draw)):
+            if numbers:
+                own = choose(logits, [rows[number] for number in numbers], bitmask)
+                choices.update(zip(numbers, own, strict=True))
+        return [choices[number] for number in range(len(rows))]
+
+    def _draw(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None) -> list[Choice]:
+        raw = _gather(logits, rows)
         logits = raw.clone() if self._wants_raw_logprobs(rows) else raw
-        logits = mask_vocabulary(logits, rows, self._vocab_size)
-        logits = logits if bitmask is None else apply_bitmask(logits, rows, bitmask)
-        logits = apply_penalties(logits, rows)
-        logits = add_bias(logits, rows)
+        logits = self._process(logits, rows, bitmask)
         parameters = _parameters(rows, logits.device)
         tokens = sample(logits, parameters)
         is_possible = logits.gather(1, tokens[:, None])[:, 0] > -torch.inf
@@ -66,18 +90,56 @@ class LogitsPipeline:
             raw = processed_logits(logits, parameters) if _wants_logprobs(rows) else raw
         return _choices(raw, tokens, is_possible, rows)
 
-    def logprob(self, logits: Tensor, row: Row, token_id: int) -> TokenLogprob | None:
-        """What the model says of a token that a constraint decided on, in place of the drawn one."""
+    def _search(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None) -> list[Choice]:
+        scores = self._search_scores(logits, rows, bitmask)
+        width = min(max(row.candidates.count for row in rows if row.candidates), scores.shape[-1])
+        values, ids = scores.topk(width, dim=-1)
+        choices = []
+        for row, row_ids, row_values in zip(rows, ids.tolist(), values.tolist(), strict=True):
+            assert row.candidates is not None
+            pairs = sorted(zip(row_ids, row_values, strict=True), key=lambda pair: (-pair[1], pair[0]))
+            possible = tuple(pair for pair in pairs[: row.candidates.count] if pair[1] > -torch.inf)
+            choices.append(Choice(None, None, "searched", possible))
+        return choices
+
+    def _search_scores(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None) -> Tensor:
+        """[R, V] log-probabilities that a strategy compares."""
+        raw = _gather(logits, rows)
+        normalized = torch.tensor([row.candidates is None or row.candidates.normalized for row in rows])
+        scores = torch.where(normalized[:, None].to(raw.device), raw, raw.log_softmax(dim=-1))
+        scores = self._process(scores, rows, bitmask)
+        return torch.where(normalized[:, None].to(raw.device), scores.log_softmax(dim=-1), scores)
+
+    def _process(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None) -> Tensor:
+        """In place: what may come, and how much of it."""
+        logits = mask_vocabulary(logits, rows, self._vocab_size)
+        logits = logits if bitmask is None else apply_bitmask(logits, rows, bitmask)
+        logits = apply_penalties(logits, rows)
+        return add_bias(logits, rows)
+
+    def scored(self, logits: Tensor, row: Row, bitmask: Tensor | None, token_id: int) -> Choice:
+        """What the model says of a token that a strategy or a constraint decided on."""
+        decision: Decision = "closing" if row.candidates is None else "searched"
+        return Choice(token_id, self._logprob(logits, row, bitmask, token_id), decision)
+
+    def _logprob(
+        self, logits: Tensor, row: Row, bitmask: Tensor | None, token_id: int
+    ) -> TokenLogprob | None:
         if row.num_logprobs is None:
             return None
-        if self._logprobs_mode == "processed_logprobs":  # nothing else could have come
-            return TokenLogprob(token_id, 0.0, 1, ((token_id, 0.0),)[: row.num_logprobs])
-        token = torch.tensor([token_id], device=logits.device)
         own = logits[row.logits_row : row.logits_row + 1]
-        return token_logprobs(own, token, [row.num_logprobs])[0]
+        if self._logprobs_mode == "processed_logprobs":
+            if row.candidates is None:  # nothing else could have come
+                return TokenLogprob(token_id, 0.0, 1, ((token_id, 0.0),)[: row.num_logprobs])
+            own = self._search_scores(logits, [row], bitmask)
+        return token_logprobs(own, torch.tensor([token_id], device=own.device), [row.num_logprobs])[0]
 
     def _wants_raw_logprobs(self, rows: Sequence[Row]) -> bool:
         return self._logprobs_mode == "raw_logprobs" and _wants_logprobs(rows)
+
+
+def _gather(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    return logits[torch.tensor([row.logits_row for row in rows], device=logits.device)]
 
 
 def mask_vocabulary(logits: Tensor, rows: Sequence[Row], vocab_size: int) -> Tensor:
@@ -186,8 +248,14 @@ def _choices(logits: Tensor, tokens: Tensor, is_possible: Tensor, rows: Sequence
         alternatives = [rows[number].num_logprobs or 0 for number in wanted]
         logprobs = dict(zip(wanted, token_logprobs(logits[index], tokens[index], alternatives), strict=True))
     return [
-        Choice(token if possible else None, logprobs.get(number))
-        for number, (token, possible) in enumerate(zip(tokens.tolist(), is_possible.tolist(), strict=True))
+        Choice(
+            token if possible else None,
+            logprobs.get(number),
+            "greedy" if row.sampling.is_greedy else "sampled",
+        )
+        for number, (row, token, possible) in enumerate(
+            zip(rows, tokens.tolist(), is_possible.tolist(), strict=True)
+        )
     ]
 
 

@@ -4,6 +4,8 @@ A request is token ids and parameters; the answer is a stream of events:
 
     PromptDone      once, when the prompt is in the KV cache (cached tokens, prompt log-probabilities)
     Delta           whenever a choice has news; its last one carries `finish_reason`
+    VoteProgress    under self-consistency: after each sample, and once more when the vote is decided
+    Unsent          tokens that were generated for answers that are not returned
     RequestFailed   raised by the stream in place of the next event, if the engine could not go on
 """
 
@@ -14,8 +16,12 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from cadenza.decoding.constraints.constraint import Constraint
+    from cadenza.decoding.strategies.spec import StrategySpec
 
 FinishReason = Literal["stop", "length"]
+Decision = Literal["greedy", "sampled", "searched", "forced", "closing"]
+"""How a token came about. forced: the constraint left no alternative; closing: it takes the place of the model's
+choice, which would have left too few tokens to complete the text."""
 
 
 class RequestError(ValueError):
@@ -124,6 +130,10 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     constraint: "Constraint | None" = None
     """What the answer must satisfy, as compiled by the engine's `constraints`."""
+    strategy: "StrategySpec | None" = None
+    """None: greedy decoding or sampling of `sampling.n` choices."""
+    explain: bool = False
+    """Say of every token how it came about."""
     cache_salt: str = ""
     """Prefix-cache entries are only shared between requests of equal salt."""
     priority: int = 0
@@ -140,6 +150,25 @@ class TokenLogprob:
     """1 for the most likely token."""
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log-probability) of the most likely alternatives, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenExplanation:
+    """How a token came about. "Raw" is the model's own distribution, "final" what was drawn from: after the
+    constraint, penalties, bias, temperature and truncation (greedy: at temperature 1, without truncation)."""
+
+    token_id: int
+    raw_probability: float
+    final_probability: float
+    rank: int
+    """In the raw distribution, 1 for the most likely token."""
+    entropy: float
+    """Of the raw distribution, in nats."""
+    mass_removed: float
+    """Raw probability of all that the constraint forbids."""
+    decision: Decision
+    lost: tuple[tuple[int, float], ...] = ()
+    """Beam search: (token id, beam score) of the best candidates that did not become a beam."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +199,38 @@ class Delta:
     """Of `token_ids`: how many the constraint left no alternative to, and the model was not asked for."""
     closed_early: bool | None = None
     """With `finish_reason`, under a constraint: whether the budget of tokens decided how the text ends."""
+    explanations: tuple[TokenExplanation, ...] | None = None
+    """One per token, where the request asked for them."""
+    score: float | None = None
+    """With `finish_reason`: what the strategy ranked the choice by, if it ranks."""
 
 
-Event = PromptDone | Delta
+@dataclass(frozen=True, slots=True)
+class Unsent:
+    """Tokens that were generated for answers that are not returned."""
+
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class VoteProgress:
+    """The state of a vote after a sample has finished."""
+
+    sample: int
+    sample_answer: str | None
+    """None: no answer was found in its text."""
+    answer: str | None
+    """The leader; where `is_final`, the winner."""
+    weights: tuple[tuple[str, float], ...]
+    """(answer, sum of its votes' weights), the leader first."""
+    num_finished: int
+    num_stopped: int
+    """Samples that were not run, because they could not change the winner. Known where `is_final`."""
+    num_tokens: int
+    """Generated for all samples so far."""
+    num_tokens_saved: int
+    """An estimate: the samples not run, at the mean length of those that were."""
+    is_final: bool = False
+
+
+Event = PromptDone | Delta | Unsent | VoteProgress

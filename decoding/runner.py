@@ -6,7 +6,7 @@ and branches; no requests, no sampling.
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -29,6 +29,8 @@ class StepLogits:
     """Where the logits that choose a branch's next token are, for branches whose last token was computed."""
     prompt_rows: dict[Branch, tuple[int, int]]
     """First row and number of rows of a branch's prompt tokens in this step, where all were asked for."""
+    hidden: dict[Branch, Tensor]
+    """[tokens of the span, d] last hidden states, what the output layer reads, where they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +53,32 @@ class ModelRunner:
         self._cache = cache
         self._device = device
         self._selects_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
+        self._hidden: Tensor | None = None
+        self._keeps_hidden = False
+        module.base_model.register_forward_hook(self._keep_hidden)
+
+    def _keep_hidden(self, _module: Any, _inputs: Any, output: Any) -> None:
+        if self._keeps_hidden:
+            self._hidden = output[0][0]
 
     @torch.inference_mode()
-    def __call__(self, step: Step, wants_prompt_logits: Iterable[Branch] = ()) -> StepLogits:
+    def __call__(
+        self,
+        step: Step,
+        wants_prompt_logits: Iterable[Branch] = (),
+        wants_hidden: Collection[Branch] = (),
+    ) -> StepLogits:
         """Compute every span of the step; `step.spans` must not be empty."""
         self._cache.copy_blocks(step.copies)
         rows = pack(step.spans, self._cache.block_size, self._device)
         wanted, last_row, prompt_rows = _wanted_rows(step.spans, rows, set(wants_prompt_logits))
-        return StepLogits(self._forward(rows, wanted), last_row, prompt_rows)
+        self._keeps_hidden = bool(wants_hidden)
+        logits = self._forward(rows, wanted)
+        hidden, self._hidden = self._hidden, None
+        own = [span for span in step.spans if span.branch in wants_hidden]
+        return StepLogits(
+            logits, last_row, prompt_rows, {} if hidden is None else _hidden_of(own, rows, hidden)
+        )
 
     def _forward(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
         """Logits [len(wanted), V] float32 of the packed rows `wanted`."""
@@ -138,6 +158,13 @@ def _add_row(rows: Rows, branch: Branch, position: int, block_size: int) -> None
 
 def _padded(table: Sequence[int], length: int) -> list[int]:
     return [*table[:length], *[0] * (length - len(table))]
+
+
+def _hidden_of(spans: Sequence[Span], rows: Rows, hidden: Tensor) -> dict[Branch, Tensor]:
+    return {
+        span.branch: hidden[[rows.row_of[span.branch, at] for at in range(span.start, span.end)]].float()
+        for span in spans
+    }
 
 
 def _wanted_rows(

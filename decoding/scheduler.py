@@ -5,6 +5,9 @@ run of forced ones), then chunks of prompts in progress, then new branches. When
 comes last in order is preempted: it gives its blocks back, waits, and is recomputed later (vLLM's "recompute",
 Kwon et al. 2023). The first branch in order can always take what it needs, so every request comes to its end.
 
+A branch whose tokens are all computed is idle: it keeps its place, as its strategy may be comparing it with branches
+that are not as far. An earlier request's branch that finds no place takes that of the last one in order.
+
 Knows branches and block ids; no tensors, no tokens' meaning.
 """
 
@@ -65,7 +68,10 @@ class Scheduler:
 
     def add_fork(self, fork: Branch) -> None:
         """Take on a branch that shares its parent's blocks; where there is no room for it, it waits without them."""
-        if len(self.running) < self._max_num_seqs:
+        is_computed = fork.num_computed > 0  # not so if the parent has lost its blocks in this very step
+        if is_computed and len(self.running) == self._max_num_seqs and self.running[-1].order > fork.order:
+            self._preempt(self.running[-1])
+        if is_computed and len(self.running) < self._max_num_seqs:
             self._pool.share(fork.block_table)
             bisect.insort(self.running, fork, key=_order)
         else:
@@ -81,13 +87,20 @@ class Scheduler:
         return branch in self.running
 
     def schedule(self) -> Step:
+        while True:
+            step = self._schedule()
+            if step.spans or not self.running:
+                return step
+            # all that run are idle, and whom they wait for finds no place: the last gives up its own
+            self._preempt(self.running[-1])
+
+    def _schedule(self) -> Step:
         step = Step()
         budget = self._max_num_batched_tokens
         answering = [branch for branch in self.running if branch.num_generated]
         budget -= sum(branch.is_decoding for branch in answering)
-        for (
-            branch
-        ) in answering:  # in order: whom one preempts comes after it, and has no place in the step yet
+        # in order: whom one preempts comes after it, and has no place in the step yet
+        for branch in answering:
             if branch not in self.running:
                 continue
             if not branch.is_decoding:
@@ -126,8 +139,8 @@ class Scheduler:
         return end - branch.num_computed
 
     def _admit(self, branch: Branch) -> bool:
-        """Give a waiting branch blocks for all its tokens, cached ones first, and let it run."""
-        hits = self._cached_blocks(branch)
+        """Give a waiting branch blocks for all its tokens, known ones first, and let it run."""
+        hits = max(self._cached_blocks(branch), self._sibling_blocks(branch), key=len)
         self._pool.share(hits)
         num_needed = -(-branch.num_tokens // self._pool.block_size) - len(hits)
         reserve = self._pool.num_blocks // 100 if self.running else 0  # so that it is not preempted at once
@@ -141,7 +154,7 @@ class Scheduler:
         self.prefix_cache_hits += len(hits) * self._pool.block_size
         branch.block_table = hits + fresh
         branch.num_computed = len(hits) * self._pool.block_size
-        branch.num_published = len(hits)
+        branch.num_published = min(len(hits), branch.num_prompt_tokens // self._pool.block_size)
         if branch.num_cached_tokens is None:
             branch.num_cached_tokens = branch.num_computed
         self.waiting.remove(branch)
@@ -153,10 +166,32 @@ class Scheduler:
         if not (self._enable_prefix_caching and branch.reads_cache):
             return []
         num_usable = branch.num_prompt_tokens - (branch.num_generated == 0)
-        blocks_per_tile = TILE // self._pool.block_size
-        num_blocks = num_usable // TILE * blocks_per_tile
+        num_blocks = num_usable // TILE * TILE // self._pool.block_size
         hits = self._pool.match(branch.prompt_hashes(num_blocks, self._pool.block_size))
-        return hits[: len(hits) // blocks_per_tile * blocks_per_tile]
+        return hits[: self._num_whole(branch, len(hits))]
+
+    def _sibling_blocks(self, branch: Branch) -> list[int]:
+        """Full blocks that running branches of the same request have computed for the same tokens."""
+        best: list[int] = []
+        if not branch.reads_cache:
+            return best
+        for sibling in self.running:
+            if sibling.request != branch.request:
+                continue
+            length = min(branch.num_tokens - 1, sibling.num_computed)
+            num_equal = next(
+                (at for at in range(length) if branch.token_ids[at] != sibling.token_ids[at]), length
+            )
+            num_blocks = self._num_whole(branch, num_equal // self._pool.block_size)
+            best = max(best, sibling.block_table[:num_blocks], key=len)
+        return best
+
+    def _num_whole(self, branch: Branch, num_blocks: int) -> int:
+        """So many of `num_blocks` leading blocks that the prompt is cut at a tile's boundary, if at all."""
+        length = num_blocks * self._pool.block_size
+        if length < branch.num_prompt_tokens:
+            length -= length % TILE
+        return length // self._pool.block_size
 
     def _make_room(self, branch: Branch, end: int, step: Step) -> bool:
         """Blocks for the branch's tokens up to `end`, its own where it will write; preempts others, or it itself."""

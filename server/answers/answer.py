@@ -44,8 +44,10 @@ class Answer(ABC):
             self._usage.count(event)
             if isinstance(event, PromptDone):
                 made = self._begin(prompt_index, event)
-            else:
+            elif isinstance(event, Delta):
                 made = self._advance(prompt_index, event)
+            else:
+                continue
             for chunk in made:
                 chunk["usage"] = self._usage.wire() if self._running_usage else None
                 yield chunk

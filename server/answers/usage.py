@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cadenza.decoding.request import Delta, Event, PromptDone
+from cadenza.decoding.request import Delta, Event, PromptDone, Unsent
 
 
 @dataclass(slots=True)
@@ -21,6 +21,8 @@ class Usage:
             case Delta():
                 self.completion_tokens += len(event.token_ids)
                 self.forced_tokens += event.num_forced_tokens
+            case Unsent():
+                self.completion_tokens += event.num_tokens
 
     def wire(self) -> dict[str, Any]:
         return {

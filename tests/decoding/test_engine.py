@@ -42,13 +42,13 @@ class Gate:
         self.opened = threading.Event()
         self.next_error: Exception | None = None
 
-    def __call__(self, step: Any, wants_prompt_logits: Any = ()) -> Any:
+    def __call__(self, step: Any, *wants: Any) -> Any:
         self.reached.set()
         assert self.opened.wait(DEADLINE)
         error, self.next_error = self.next_error, None
         if error is not None:
             raise error
-        return self._runner(step, wants_prompt_logits)
+        return self._runner(step, *wants)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from cadenza.decoding.logits import (
     token_logprobs,
 )
 from cadenza.decoding.request import GenerationRequest, SamplingParams
-from cadenza.decoding.strategies import IndependentBranches
+from cadenza.decoding.strategies.independent import IndependentBranches
 from cadenza.decoding.stream import RequestStream
 
 INF = math.inf

@@ -125,7 +125,7 @@ class Simulation:
         job = self.jobs[branch]
         ready = [branch]
         if not job.branches:
-            job.branches = [branch, *(branch.fork(index) for index in range(1, job.n))]
+            job.branches = [branch, *(branch.fork(index, index) for index in range(1, job.n))]
             for fork in job.branches[1:]:
                 self.jobs[fork] = job
                 self.scheduler.add_fork(fork)
