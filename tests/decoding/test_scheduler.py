@@ -395,3 +395,112 @@ def test_a_run_of_forced_tokens_takes_no_blocks_from_branches_of_the_same_step(s
     sim.run()
     assert sim.scheduler.num_preemptions > 0
     assert sim.pool.num_held == 0
+
+
+# Searches: branches of one request that wait for each other, fork in mid-answer and are dropped.
+
+
+@dataclass
+class Search(Job):
+    """Like a beam search: when all beams are computed, the next ones are children of some of them."""
+
+    width: int = 3
+    seed: int = 0
+    ready: set[Branch] = field(default_factory=set)
+    num_forks: int = 0
+
+
+@dataclass
+class SearchSimulation(Simulation):
+    def add_search(self, prompt: Sequence[int], num_new: int, width: int, seed: int = 0) -> None:
+        self.add(Search(new_branch(len(self.jobs), prompt), num_new, width=width, seed=seed))
+
+    def _append(self, branch: Branch) -> None:
+        job = self.jobs[branch]
+        if not isinstance(job, Search):
+            return super()._append(branch)
+        job.branches = job.branches or [branch]
+        job.ready.add(branch)
+        if not job.ready.issuperset(job.branches):
+            return None
+        rng = random.Random((job.seed, job.branches[0].num_tokens).__repr__())
+        parents = [rng.choice(job.branches) for _ in range(job.width)]
+        beams = [
+            parent if parent not in parents[:at] else self._fork(job, parent)
+            for at, parent in enumerate(parents)
+        ]
+        for fork in [beam for beam in beams if beam not in job.branches]:
+            self.scheduler.add_fork(fork)
+        for lost in [beam for beam in job.branches if beam not in beams]:
+            self.scheduler.remove(lost)
+            self.finished.append(lost)
+        for number, beam in enumerate(beams):
+            beam.token_ids.append(rng.randrange(10) * 100 + number)
+        job.branches, job.ready = beams, set()
+        if beams[0].num_generated >= job.num_new:
+            self.remove(job)
+        return None
+
+    def _fork(self, job: Search, parent: Branch) -> Branch:
+        job.num_forks += 1
+        fork = parent.fork(job.num_forks, 0)
+        self.jobs[fork] = job
+        return fork
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("seed", range(12))
+def test_searches_come_to_their_end_however_short_of_blocks_and_seats(seed: int, prefix_caching: bool):
+    """Two searches that each hold half of the seats, or of the blocks, would wait for each other for ever."""
+    rng = random.Random(seed)
+    sim = SearchSimulation(
+        num_blocks=rng.choice([14, 20, 40]), max_num_seqs=4, budget=80, prefix_caching=prefix_caching
+    )
+    for number in range(5):
+        length = rng.randrange(1, 90)
+        if rng.random() < 0.7:
+            sim.add_search(prompt_of(length, number % 2), rng.randrange(1, 30), rng.randrange(2, 5), seed)
+        else:
+            sim.add_prompt(prompt_of(length, number % 2), rng.randrange(1, 40), rng.randrange(1, 4))
+        for _ in range(rng.randrange(6)):
+            if sim.scheduler.has_work:
+                sim.step()
+    sim.run()
+    assert sim.pool.num_held == 0
+
+
+def test_an_idle_branch_is_left_alone_until_it_gets_a_token():
+    sim = SearchSimulation(num_blocks=40)
+    sim.add_search(prompt_of(20), num_new=9, width=2)
+    sim.step()
+    first, second = sim.scheduler.running
+    sim.jobs[first].ready = {first}  # as if its sibling's result had come late
+    second.token_ids.append(7)
+    second.num_computed = 19
+    first.num_computed = first.num_tokens
+    step = sim.scheduler.schedule()
+    assert [span.branch for span in step.spans] == [second]
+
+
+def test_a_preempted_beam_shares_its_siblings_blocks_again():
+    sim = SearchSimulation(num_blocks=64, prefix_caching=False)
+    sim.add_search(prompt_of(100), num_new=60, width=2)
+    for _ in range(3):
+        sim.step()
+    first, second = sim.scheduler.running
+    sim.scheduler._preempt(second)
+    step = sim.scheduler.schedule()
+    assert [span.start for span in step.spans if span.branch is second] == [64]  # in its prompt, at a tile
+    assert first.block_table[:4] == second.block_table[:4]
+    assert sim.pool.refs(first.block_table[0]) == 2
+
+
+def test_an_earlier_request_takes_the_seat_of_a_later_one():
+    sim = SearchSimulation(num_blocks=64, max_num_seqs=3)
+    sim.add_search(prompt_of(10, 1), num_new=20, width=3)
+    for _ in range(2):
+        sim.add_prompt(prompt_of(10, 2), num_new=20)
+    sim.step()
+    assert {branch.order[1] for branch in sim.scheduler.running} == {0}
+    assert len(sim.scheduler.running) == 3
+    sim.run()
