@@ -67,3 +67,13 @@ def gumbel(words: Tensor) -> Tensor:
     u = (words.to(torch.float32) + 0.5) * 2.0**-32
     exponential = torch.where(u < 2.0**-12, u * (1.0 + 0.5 * u), -torch.log((1.0 - u).clamp_min(2.0**-24)))
     return -torch.log(exponential)
+
+
+def uniform(seed: Tensor, branch: Tensor, position: Tensor) -> Tensor:
+    """One number of (0, 1) for each row, float64: arguments [R]. The counter's fourth word keeps it apart from the
+    noise of any token:
+
+        word = philox(key = seed, counter = (0, position, branch, 1))[0]
+    """
+    zero = torch.zeros_like(position)
+    return (philox(seed, (zero, position, branch, zero + 1))[0].double() + 0.5) * 2.0**-32

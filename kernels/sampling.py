@@ -2,21 +2,37 @@
 
 The order is the specification. Each truncation sees the distribution that the one before it left, renormalized:
 
-    temperature → top-k → typical-p → top-p → min-p → draw
+    temperature (fixed or dynamic) → top-n-sigma → epsilon → eta
+        → top-k → typical-p → top-p → min-p → XTC → mirostat → draw
+
+At least one token is left by each. Rows of temperature 0 are greedy: nothing of this applies to them.
 
 The draw is `argmax(logit + Gumbel noise)` (Gumbel-max), which samples from the softmax exactly; the noise is a
 function of (seed, branch, position, token) alone (`noise`). Rows do not influence each other, not even in the
 last bit: every row is computed in a shape that only its own parameters decide.
 
-The vocabulary is never sorted where the `_NUM_CANDIDATES` most likely tokens prove to be enough.
+What needs tokens in the order of their probabilities is in `truncation`, what needs no order in `thresholds`.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from cadenza.kernels.noise import all_words, gumbel, random_words
+from cadenza.kernels.thresholds import (
+    ThresholdRows,
+    below_top_sigmas,
+    cut_epsilon,
+    cut_eta,
+    cut_mirostat,
+    dynamic_temperature,
+    exclude_top_choices,
+    xtc_applies,
+)
+from cadenza.kernels.truncation import most_likely
 
 _WIDEST_NOISE = 25.8
 _FEW = 8  # a word of noise by itself costs four times as much as one of four
@@ -44,36 +60,86 @@ class SamplingRows:
     """int64."""
     position: Tensor
     """int64, the number of tokens generated before this one."""
+    thresholds: ThresholdRows | None = None
+    """None where no row of the batch has any."""
 
     def select(self, rows: Tensor) -> "SamplingRows":
-        return SamplingRows(*(getattr(self, item.name)[rows] for item in fields(self)))
+        own = {
+            item.name: getattr(self, item.name)[rows] for item in fields(self) if item.name != "thresholds"
+        }
+        return SamplingRows(
+            **own, thresholds=None if self.thresholds is None else self.thresholds.select(rows)
+        )
 
     @property
     def is_truncated(self) -> Tensor:
-        """[R] bool: whether any truncation is on."""
+        """[R] bool: whether any truncation is on that wants tokens in the order of their probabilities."""
         return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0) | (self.typical_p < 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    tokens: Tensor
+    """[R] int64."""
+    surprise: Tensor | None
+    """[R]: -log2 of a token's probability among those that were left, which mirostat learns from. None where no row
+    has thresholds, not a number for rows without mirostat."""
 
 
 def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
     """logits [R, V] float32, -inf where a token is not allowed; returns token ids [R] int64."""
+    return draw(logits, rows).tokens
+
+
+def draw(logits: Tensor, rows: SamplingRows) -> Draws:
+    """`sample`, and the surprise of what was drawn."""
+    surprise = None if rows.thresholds is None else torch.full_like(logits[:, 0], torch.nan)
     greedy = rows.temperature == 0
     if greedy.all():
-        return logits.argmax(dim=-1)
+        return Draws(logits.argmax(dim=-1), surprise)
     tokens = torch.where(greedy, logits.argmax(dim=-1), 0) if greedy.any() else greedy.long()
-    truncated = rows.is_truncated & ~greedy
-    free = ~truncated & ~greedy
+    for group in survivors(logits, rows, ~greedy):
+        own = rows.select(group.rows)
+        if group.candidates is None:
+            drawn = at = _draw_from_all(group.values, own)
+        else:
+            at = _draw(group.values, group.candidates, own)
+            drawn = group.candidates.gather(1, at[:, None])[:, 0]
+        tokens[group.rows] = drawn
+        if surprise is not None:
+            surprise[group.rows] = _surprise(group.values, at, own)
+    return Draws(tokens, surprise)
+
+
+@dataclass(frozen=True, slots=True)
+class Survivors:
+    """What is left of r rows for the draw."""
+
+    rows: Tensor
+    """[r], their numbers in the batch."""
+    candidates: Tensor | None
+    """[r, K] token ids; None: the vocabulary, in order."""
+    values: Tensor
+    """[r, K] scaled logits, -inf where cut off."""
+
+
+def survivors(logits: Tensor, rows: SamplingRows, which: Tensor) -> Iterator[Survivors]:
+    """Everything up to the draw, for the rows where `which` [R] is true. Their temperature is above 0."""
+    truncated = rows.is_truncated & which
+    free = which & ~truncated
     if free.any():
         chosen = free.nonzero().flatten()
         own = rows.select(chosen)
-        tokens[chosen] = _draw_from_all(divide_by_temperature(logits[chosen], own.temperature), own)
+        values = _finish(_begin(logits[chosen], own), None, own, logits.shape[-1])
+        yield Survivors(chosen, None, values)
     if truncated.any():
-        for chosen, candidates, values in truncate(logits, rows, truncated):
-            tokens[chosen] = _draw(values, candidates, rows.select(chosen))
-    return tokens
+        for chosen, candidates, left in truncate(logits, rows, truncated):
+            values = _finish(left, candidates, rows.select(chosen), logits.shape[-1])
+            yield Survivors(chosen, candidates, values)
 
 
 def truncate(logits: Tensor, rows: SamplingRows, which: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The candidates that truncation leaves in the rows where `which` [R] is true.
+    """The candidates that truncation up to min-p leaves in the rows where `which` [R] is true.
 
     Returns groups (rows [r], token ids [r, K], scaled logits [r, K], -inf where cut off).
     """
@@ -83,17 +149,23 @@ def truncate(logits: Tensor, rows: SamplingRows, which: Tensor) -> list[tuple[Te
     for width in widths[which].unique().tolist():
         chosen = (which & (widths == width)).nonzero().flatten()
         own = rows.select(chosen)
-        scaled = divide_by_temperature(logits[chosen], own.temperature)
-        candidates, values, exact = _truncate(scaled, own, width)
+        scaled = _begin(logits[chosen], own)
+        candidates, values, exact = _most_likely(scaled, own, width)
         if exact.all():
             groups.append((chosen, candidates, values))
             continue
         if exact.any():
             groups.append((chosen[exact], candidates[exact], values[exact]))
         rest = ~exact
-        candidates, values, _ = _truncate(scaled[rest], own.select(rest), vocab_size)
+        candidates, values, _ = _most_likely(scaled[rest], own.select(rest), vocab_size)
         groups.append((chosen[rest], candidates, values))
     return groups
+
+
+def _most_likely(scaled: Tensor, rows: SamplingRows, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    return most_likely(
+        scaled, width, top_k=rows.top_k, typical_p=rows.typical_p, top_p=rows.top_p, min_p=rows.min_p
+    )
 
 
 def divide_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -101,67 +173,55 @@ def divide_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
     return (logits - logits.amax(dim=-1, keepdim=True)) / temperature[:, None]
 
 
-def _truncate(scaled: Tensor, rows: SamplingRows, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Truncate to among the `width` most likely tokens: ids [r, K], logits [r, K], exact [r].
-
-    exact: whether the answer is the same as among the whole vocabulary.
-    """
-    values, candidates = scaled.topk(width, dim=-1)
-    is_whole = width == scaled.shape[-1]
-    bounded = (rows.top_k > 0) | is_whole  # nothing outside the candidates can be kept
-    log_total = scaled.log_softmax(dim=-1).gather(1, candidates[:, :1])
-    log_probs = log_total - (values[:, :1] - values)  # of the whole distribution
-    in_top_k = torch.where((rows.top_k > 0)[:, None], log_probs.log_softmax(dim=-1), log_probs)
-
-    log_probs, is_typical_exact = _typical(in_top_k, rows.typical_p, bounded, scaled)
-    probs = log_probs.exp()
-    before = probs.cumsum(dim=-1) - probs
-    uses_top_p = rows.top_p < 1
-    kept = (before < rows.top_p[:, None]) | ~uses_top_p[:, None]
-    bounded = bounded | (uses_top_p & (before[:, -1] >= rows.top_p))
-
-    # relative to the most likely of those still kept; renormalizing does not change the comparison
-    threshold = rows.min_p * probs.amax(dim=-1)
-    kept &= probs >= threshold[:, None]
-    bounded = bounded | (probs[:, -1] < threshold)
-
-    exact = torch.where(rows.typical_p < 1, is_typical_exact, bounded)
-    return candidates, values.masked_fill(~kept | log_probs.isneginf(), -torch.inf), exact
+def _begin(logits: Tensor, rows: SamplingRows) -> Tensor:
+    """logits [r, V]: temperature and the thresholds that come before top-k."""
+    own = rows.thresholds
+    if own is None:
+        return divide_by_temperature(logits, rows.temperature)
+    temperature = rows.temperature.clone()
+    if at := _where(own.dynatemp_range > 0):
+        reach, exponent = own.dynatemp_range[at], own.dynatemp_exponent[at]
+        temperature[at] = dynamic_temperature(logits[at], temperature[at], reach, exponent)
+    scaled = divide_by_temperature(logits, temperature)
+    if at := _where(own.top_n_sigma > 0):
+        scaled[at] = scaled[at].masked_fill(below_top_sigmas(logits[at], own.top_n_sigma[at]), -torch.inf)
+    if at := _where(own.epsilon_cutoff > 0):
+        scaled[at] = cut_epsilon(scaled[at], own.epsilon_cutoff[at])
+    if at := _where(own.eta_cutoff > 0):
+        scaled[at] = cut_eta(scaled[at], own.eta_cutoff[at])
+    return scaled
 
 
-def _typical(log_probs: Tensor, typical_p: Tensor, bounded: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
-    """Locally typical sampling (Meister et al. 2022): keep the smallest set of mass `typical_p` whose surprisals
-    are nearest to the entropy.
-
-    log_probs: [r, K] of the candidates, most likely first; scaled: [r, V], for the entropy where the candidates
-    are not everything (`bounded` [r] false). Returns renormalized log-probabilities [r, K], -inf where cut off,
-    and [r] whether the kept set is that of the whole vocabulary.
-    """
-    on = typical_p < 1
-    if not on.any():
-        return log_probs, bounded
-    entropy = torch.where(bounded, _entropy(log_probs), _entropy(scaled.log_softmax(dim=-1)))[:, None]
-    deviation = (-log_probs - entropy).abs()
-    order = deviation.argsort(dim=-1, stable=True)
-    sorted_probs = log_probs.exp().gather(1, order)
-    kept_in_order = (sorted_probs.cumsum(-1) - sorted_probs) < typical_p[:, None]
-    kept = torch.zeros_like(kept_in_order).scatter(1, order, kept_in_order)
-    # Every token outside has a surprisal above the last candidate's. If all that is kept deviates by less than
-    # that one would, and the mass was reached before the candidates ran out, nothing outside belongs to the set.
-    reach = deviation.masked_fill(~kept, 0.0).amax(-1)
-    is_enough = ~kept_in_order[:, -1] & (reach <= -log_probs[:, -1] - entropy[:, 0])
-    renormalized = log_probs.masked_fill(~kept, -torch.inf).log_softmax(dim=-1)
-    return torch.where(on[:, None], renormalized, log_probs), bounded | is_enough
+def _finish(values: Tensor, candidates: Tensor | None, rows: SamplingRows, vocab_size: int) -> Tensor:
+    """values [r, K], in place: what comes after min-p."""
+    own = rows.thresholds
+    if own is None:
+        return values
+    if at := _where(xtc_applies(own, rows.seed, rows.branch, rows.position)):
+        ids = None if candidates is None else candidates[at]
+        values[at] = exclude_top_choices(values[at], ids, own.xtc_threshold[at])
+    if at := _where(own.mirostat > 0):
+        values[at] = cut_mirostat(values[at], own.mirostat[at], own.mirostat_mu[at], vocab_size)
+    return values
 
 
-def _entropy(log_probs: Tensor) -> Tensor:
-    return torch.where(log_probs.isneginf(), 0.0, -log_probs * log_probs.exp()).sum(dim=-1)
+def _where(on: Tensor) -> list[int]:
+    return on.nonzero().flatten().tolist()
+
+
+def _surprise(values: Tensor, drawn: Tensor, rows: SamplingRows) -> Tensor:
+    """[r]; `drawn` [r] are places in `values` [r, K]."""
+    result = torch.full_like(values[:, 0], torch.nan)
+    if rows.thresholds is not None and (at := _where(rows.thresholds.mirostat > 0)):
+        log_probs = values[at].log_softmax(dim=-1).gather(1, drawn[at][:, None])[:, 0]
+        result[at] = log_probs / -math.log(2.0)
+    return result
 
 
 def _draw(values: Tensor, candidates: Tensor, rows: SamplingRows) -> Tensor:
+    """The places [r] of what is drawn among `candidates` [r, K]."""
     words = random_words(rows.seed[:, None], rows.branch[:, None], rows.position[:, None], candidates)
-    best = (values + gumbel(words)).argmax(dim=-1, keepdim=True)
-    return candidates.gather(1, best)[:, 0]
+    return (values + gumbel(words)).argmax(dim=-1)
 
 
 def _draw_from_all(scaled: Tensor, rows: SamplingRows) -> Tensor:
@@ -170,12 +230,12 @@ def _draw_from_all(scaled: Tensor, rows: SamplingRows) -> Tensor:
     can_win = scaled >= -_WIDEST_NOISE
     is_few = can_win.sum(dim=-1) <= scaled.shape[-1] // _FEW
     tokens = torch.empty(len(scaled), dtype=torch.int64, device=scaled.device)
-    for chosen, draw in ((is_few, _draw_from_few), (~is_few, _draw_from_every)):
+    for chosen, draw_rows in ((is_few, _draw_from_few), (~is_few, _draw_from_every)):
         if chosen.all():
-            return draw(scaled, can_win, rows)
+            return draw_rows(scaled, can_win, rows)
         if chosen.any():
             at = chosen.nonzero().flatten()
-            tokens[at] = draw(scaled[at], can_win[at], rows.select(at))
+            tokens[at] = draw_rows(scaled[at], can_win[at], rows.select(at))
     return tokens
 
 
@@ -194,4 +254,4 @@ def _draw_from_few(scaled: Tensor, can_win: Tensor, rows: SamplingRows) -> Tenso
     values = torch.full((len(scaled), width), -torch.inf, device=scaled.device)
     candidates[row, place] = token
     values[row, place] = scaled[row, token]
-    return _draw(values, candidates, rows)
+    return candidates.gather(1, _draw(values, candidates, rows)[:, None])[:, 0]
