@@ -33,10 +33,9 @@ class FiniteMatcher:
         self._automaton = automaton
         self._vocabulary = vocabulary
         self._encode = encode or vocabulary.segment
-        self._states = [0]
-        """After each token, the start included."""
-        self._limited_after: int | None = None
-        """How many tokens there were when the budget first took a choice."""
+        self._state = 0
+        self.limited = False
+        """The budget has taken a choice from the model."""
 
     @property
     def is_complete(self) -> bool:
@@ -47,11 +46,6 @@ class FiniteMatcher:
     def is_ended(self) -> bool:
         """The text is complete, and nothing may follow."""
         return self._state == _ENDED or (self.is_complete and self._automaton.farthest[self._state] < 0)
-
-    @property
-    def limited(self) -> bool:
-        """The budget has taken a choice from the model."""
-        return self._limited_after is not None
 
     @property
     def min_tokens(self) -> int:
@@ -77,7 +71,7 @@ class FiniteMatcher:
         """Go on by a token that `fill` allowed; if the budget forbids it, by another one, which is returned."""
         if self._state != _ENDED and self._automaton.farthest[self._state] > remaining - 1:
             # the mask had less than it could have had: an end that was chosen from it may be the budget's, too
-            self._limited_after = len(self._states) if self._limited_after is None else self._limited_after
+            self.limited = True
         if token_id not in self._vocabulary.eos_ids:
             following = self._next(token_id)
             if self._automaton.distance[following] > remaining - 1:
@@ -90,9 +84,9 @@ class FiniteMatcher:
         if token_id in self._vocabulary.eos_ids:
             if self._state == _ENDED or not self.is_complete:
                 raise MatcherError(f"token {token_id} would end the answer, which is not complete")
-            self._states.append(_ENDED)
+            self._state = _ENDED
         else:
-            self._states.append(self._next(token_id))
+            self._state = self._next(token_id)
 
     def forced(self, remaining: int) -> list[int]:
         """Go on by the tokens to which there is no alternative, and return them."""
@@ -110,7 +104,7 @@ class FiniteMatcher:
             following = automaton.next(self._state, self._vocabulary.tokens[token_id])
             if following < 0 or automaton.distance[following] > remaining:
                 break
-            self._states.append(following)
+            self._state = following
             appended.append(token_id)
         return appended
 
@@ -125,21 +119,8 @@ class FiniteMatcher:
 
     def fork(self) -> "FiniteMatcher":
         other = FiniteMatcher(self._automaton, self._vocabulary, self._encode)
-        other._states = self._states.copy()
-        other._limited_after = self._limited_after
+        other._state, other.limited = self._state, self.limited
         return other
-
-    def rollback(self, count: int) -> None:
-        """Take back the last tokens."""
-        if not 0 <= count < len(self._states):
-            raise MatcherError(f"cannot take back {count} of {len(self._states) - 1} tokens")
-        del self._states[len(self._states) - count :]
-        if self._limited_after is not None and len(self._states) <= self._limited_after:
-            self._limited_after = None
-
-    @property
-    def _state(self) -> int:
-        return self._states[-1]
 
     def _next(self, token_id: int) -> int:
         text = self._vocabulary.tokens[token_id] if 0 <= token_id < self._vocabulary.size else b""

@@ -1,13 +1,12 @@
 """Token masks of a grammar, filled by llguidance's matcher.
 
-Knows neither budgets nor completions. Each matcher is made from the grammar's text: copies of one would share its
-lexer, and with it the fuel that bounds the lexer's work.
+Knows neither budgets nor completions. A matcher and its forks share llguidance's lexer: an automaton that grows with
+what any of them reads, with one tank of fuel, filled up before each mask, and one error that ends them all.
 """
 
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -23,10 +22,6 @@ _MAX_ORDINARY_LINES = 200
 """Of a grammar that is read on the caller's stack; a level takes three kilobytes, a line is a level at most."""
 _STACK_BASE, _STACK_PER_LINE, _MAX_STACK = 1 << 20, 8 << 10, 1 << 30
 _BUILDING = threading.Lock()
-_REFUEL_EVERY = 16
-"""Tokens that may be consumed before a mask is computed, which is when the lexer gets new fuel."""
-
-
 _MAX_ITEMS = 200_000
 """Of a mask. Grammars that are not ambiguous take some hundreds, objects of hundreds of optional keys tens of
 thousands."""
@@ -110,26 +105,19 @@ def _built(text: str, tokenizer: LLTokenizer) -> LLMatcher:
 
 @dataclass(slots=True)
 class MaskMatcher:
-    """Follows one text. Not safe to use from two threads at once; different matchers are."""
+    """Follows one text. Not safe to use from two threads at once; different matchers are, forks included."""
 
-    text: str
     tables: MaskTables
     _matcher: LLMatcher
-    _tokens: list[int] = field(default_factory=list)
+    _reading: threading.Lock
+    """Held while the shared lexer works: llguidance's own lock keeps the interpreter's while it is waited for."""
 
     @classmethod
     def build(cls, text: str, tables: MaskTables) -> "MaskMatcher":
         """text: a grammar that `check_llguidance` takes."""
-        matcher = cls(text, tables, _built(text, tables.tokenizer))
+        matcher = cls(tables, _built(text, tables.tokenizer), threading.Lock())
         matcher._check()
         return matcher
-
-    @property
-    def is_accepting(self) -> bool:
-        """The text so far is in the language."""
-        accepting: bool = self._matcher.is_accepting()
-        self._check()
-        return accepting
 
     def fill(self, row: NDArray[np.int32]) -> None:
         """row: [num_words], contiguous. Sets the bits of the tokens that may come next, and clears the others.
@@ -139,40 +127,23 @@ class MaskMatcher:
         assert row.shape == (self.tables.vocabulary.num_words,)
         assert row.flags.c_contiguous
         assert row.dtype == np.int32
-        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        with self._reading:
+            self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         self._check()
 
     def advance(self, token_id: int) -> None:
         """Go on by a token that the mask allowed."""
-        if not self._matcher.consume_token(token_id):
+        with self._reading:
+            is_taken = self._matcher.consume_token(token_id)
+        if not is_taken:
             self._check()
             raise MatcherError(f"llguidance does not take token {token_id} here")
         self._check()
-        self._tokens.append(token_id)
-
-    def validate(self, tokens: Sequence[int]) -> int:
-        """How many of the tokens may come next, one after the other. Nothing changes."""
-        count: int = self._matcher.validate_tokens(list(tokens))
-        self._check()
-        return count
-
-    def rollback(self, count: int) -> None:
-        """Forget the last tokens."""
-        if not 0 <= count <= len(self._tokens):
-            raise ValueError(f"cannot go back {count} tokens of {len(self._tokens)}")
-        if count:
-            self._matcher.rollback(count)
-            self._check()
-            del self._tokens[-count:]
 
     def fork(self) -> "MaskMatcher":
-        """A matcher of the same text with a lexer of its own."""
-        fork = MaskMatcher.build(self.text, self.tables)
-        for index, token_id in enumerate(self._tokens):
-            if index % _REFUEL_EVERY == _REFUEL_EVERY - 1:
-                fork._matcher.compute_bitmask()
-            fork.advance(token_id)
-        return fork
+        """A matcher of the same text that goes on by itself. Copies llguidance's chart of the text, a few bytes for
+        each of the text's, many where the grammar is ambiguous; nothing is read again."""
+        return MaskMatcher(self.tables, self._matcher.deep_copy(), self._reading)
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -47,7 +47,8 @@ class Matcher(Protocol):
     def forced(self, remaining: int) -> list[int]:
         """Go on by the tokens to which there is no alternative, and return them."""
 
-    def fork(self) -> "Matcher": ...
+    def fork(self) -> "Matcher":
+        """A matcher at the same place that goes on by itself, perhaps in another thread. Nothing is read again."""
 
 
 @dataclass(slots=True)
@@ -63,6 +64,8 @@ class GrammarMatcher:
     """The model's own tokenization of some text, None where it has none."""
     _completion: list[int] | None = None
     """Tokens that complete the text from here, where they have been looked for."""
+    _has_ended: bool = False
+    """By a token that ends an answer."""
     limited: bool = False
 
     @property
@@ -71,7 +74,7 @@ class GrammarMatcher:
 
     @property
     def is_ended(self) -> bool:
-        return self.parser.is_ended
+        return self._has_ended or self.parser.is_ended
 
     def fill(self, row: Bitmask, remaining: int) -> None:
         self.masks.fill(row, self.parser)
@@ -84,12 +87,14 @@ class GrammarMatcher:
 
     def accept(self, token_id: int, remaining: int) -> int:
         if token_id in self.vocabulary.eos_ids:
+            self._has_ended = True
             return token_id
         if self._try(token_id, remaining):
             return token_id
         self.limited = True
         completion = self._complete(remaining)
         if not completion:  # complete as it is, and what the model would add has no room for its own end
+            self._has_ended = True
             return self.vocabulary.eos_ids[0]
         self._follow(completion[0])
         self.masks.advance(completion[0])

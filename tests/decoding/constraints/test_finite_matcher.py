@@ -69,8 +69,7 @@ def test_the_answer_may_end_where_the_text_is_complete() -> None:
     ):
         with pytest.raises(MatcherError):
             after_the_end()
-    ended.rollback(1)
-    assert filled(ended, vocabulary, PLENTY) == [0, 2, 6]
+    assert filled(matcher, vocabulary, PLENTY) == [0, 2, 6]
     matcher.advance(2)
     assert (matcher.is_complete, matcher.is_ended) == (True, True)
     assert filled(matcher, vocabulary, PLENTY) == [0, 6]
@@ -96,34 +95,32 @@ def test_budgets_take_only_what_cannot_be_completed() -> None:
     assert filled(matcher, vocabulary, 1) == [0]
     with pytest.raises(MatcherError, match="1 tokens are needed"):
         filled(matcher, vocabulary, 0)
-    assert not matcher.limited
-    assert matcher.accept(3, 2) == 3
-    assert matcher.limited
-    with pytest.raises(MatcherError):
-        matcher.rollback(2)
-    matcher.rollback(1)
-    assert not matcher.limited
-    assert matcher.accept(1, 2) == 0  # that would not end in time
-    assert matcher.limited
-    assert matcher.is_complete
-    matcher.rollback(1)
-    matcher.accept(3, 3)
-    assert not matcher.limited
+    plenty, exact, short = matcher.fork(), matcher.fork(), matcher.fork()
+    assert plenty.accept(3, 3) == 3
+    assert not plenty.limited
+    assert exact.accept(3, 2) == 3
+    assert exact.limited
+    assert exact.fork().limited
+    assert short.accept(1, 2) == 0  # that would not end in time
+    assert short.limited
+    assert short.is_complete
+    assert not matcher.limited, "the others' budgets are nothing to it"
 
 
 def test_forks_go_their_own_ways() -> None:
     vocabulary = Vocabulary([b"a", b"b", b"ab", b"ba", b"</s>"], [4])
     matcher = FiniteMatcher(compiled(r"(ab|ba)+", vocabulary), vocabulary)
+    start = matcher.fork()
     matcher.advance(token(vocabulary, b"a"))
     other = matcher.fork()
     matcher.advance(token(vocabulary, b"b"))
     assert (matcher.is_complete, other.is_complete) == (True, False)
-    other.rollback(1)
-    other.advance(token(vocabulary, b"b"))
+    start.advance(token(vocabulary, b"b"))
+    assert not start.is_complete
+    other.advance(token(vocabulary, b"ba"))
     assert not other.is_complete
-    matcher.rollback(2)
-    matcher.advance(token(vocabulary, b"ba"))
-    assert matcher.is_complete
+    other.advance(token(vocabulary, b"b"))
+    assert other.is_complete
 
 
 def test_rows_wider_than_the_vocabulary_allow_nothing_there() -> None:

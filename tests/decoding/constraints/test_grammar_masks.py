@@ -166,7 +166,7 @@ def test_nothing_is_built_before_a_mask_is_asked_for(small: Vocabulary) -> None:
     assert built == []
     expected = allowed(without_llguidance(masks), parser)
     assert allowed(masks, parser) == allowed(fork, parser) == expected
-    assert len(built) == 2, "a copy would share its lexer's fuel"
+    assert len(built) == 2, "there was nothing yet to copy"
     late = masks.fork()
     late_parser = parser.fork()
     step(late, late_parser, ord("]"))
@@ -175,6 +175,7 @@ def test_nothing_is_built_before_a_mask_is_asked_for(small: Vocabulary) -> None:
     assert allowed(late, late_parser) == allowed(without_llguidance(late), late_parser)
     assert allowed(masks, parser) == allowed(without_llguidance(masks), parser) != allowed(late, late_parser)
     assert allowed(fork, late_parser) == expected, "what the others did is nothing to it"
+    assert len(built) == 2, "copied"
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 5])

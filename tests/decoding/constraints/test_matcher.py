@@ -13,17 +13,16 @@ from typing import Any
 
 import jsonschema
 import lark
-import numpy as np
 import pytest
 
-from cadenza.decoding.constraints.compile import compile_spec
 from cadenza.decoding.constraints.constraint import Constraint, TokenTables
 from cadenza.decoding.constraints.errors import MatcherError
-from cadenza.decoding.constraints.limits import Effort, Limits
 from cadenza.decoding.constraints.matcher import GrammarMatcher, Matcher
 from cadenza.decoding.constraints.spec import ConstraintSpec
 from cadenza.decoding.constraints.vocabulary import Vocabulary
 from cadenza.models import LoadedModel
+
+from .sampling import SMALL, adversarial, allowed, budgets, constraint_of
 
 DATA = Path(__file__).parents[2] / "data" / "constraints"
 GRAMMARS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(DATA.glob("*.lark"))}
@@ -62,88 +61,9 @@ SPECS = {
 }
 
 
-@pytest.fixture(scope="module")
-def real(smollm2: LoadedModel) -> TokenTables:
-    tokenizer = smollm2.tokenizer
-    vocabulary = Vocabulary.from_tokenizer(tokenizer, smollm2.eos_token_ids, tokenizer.vocab_size)
-    return TokenTables(vocabulary, tokenizer.encode_bytes)
-
-
-def a_small_vocabulary() -> TokenTables:
-    """Bytes, pieces of JSON and of words, parts of characters, ids without text, and two tokens that end."""
-    pieces = [
-        '{"',
-        '":',
-        '",',
-        '"}',
-        "[]",
-        "{}",
-        '":"',
-        "tr",
-        "true",
-        "null",
-        "12",
-        "0.",
-        "-1",
-        "e5",
-        " ",
-        "  ",
-    ]
-    pieces += ["ab", "abc", "aa", "ba", "a1", "x-", "\n", "\\u00", '\\"', "é", "日", "the ", "lower", "9]"]
-    parts = ["é".encode()[:1], "🎵".encode()[:2], "🎵".encode()[2:] + b'"', b"\xff\xfe"]
-    tokens = [bytes([byte]) for byte in range(256)] + [piece.encode() for piece in pieces] + parts
-    tokens += [b"", b"", b"", b"ab"]
-    vocabulary = Vocabulary(tokens, [len(tokens) - 4, len(tokens) - 2])
-    return TokenTables(vocabulary, vocabulary.segment)
-
-
-SMALL = a_small_vocabulary()
-
-
-def constraint_of(spec: ConstraintSpec, tables: TokenTables, max_seconds: float = 1.0) -> Constraint:
-    compiled = compile_spec(spec, tables.vocabulary, Effort(Limits(max_seconds=max_seconds)))
-    return Constraint(spec, compiled, tables, 0)
-
-
 @cache
 def named(name: str, tables: TokenTables) -> Constraint:
-    return constraint_of(SPECS[name], tables, 30.0)
-
-
-def allowed(matcher: Matcher, vocabulary: Vocabulary, remaining: int) -> list[int]:
-    row = np.full(vocabulary.num_words, -1, np.int32)
-    matcher.fill(row, remaining)
-    found = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
-    ends = set(vocabulary.eos_ids)
-    assert ends <= set(found) if matcher.is_complete else not ends & set(found)
-    assert all(vocabulary.tokens[token_id] for token_id in set(found) - ends), "ids without text"
-    assert found, "there is always a way to go on"
-    return [int(token_id) for token_id in found]
-
-
-def adversarial(constraint: Constraint, budget: int, rng: random.Random) -> str:
-    """What a sampler writes that knows nothing of the constraint and likes no token better than another."""
-    vocabulary, matcher = constraint.tables.vocabulary, constraint.matcher()
-    tokens: list[int] = []
-    while len(tokens) < budget and not (tokens and matcher.is_ended):
-        candidates = allowed(matcher, vocabulary, budget - len(tokens))
-        text_only = [token_id for token_id in candidates if token_id not in vocabulary.eos_ids]
-        drawn = rng.choice(text_only if text_only and rng.random() < 0.9 else candidates)
-        chosen = matcher.accept(drawn, budget - len(tokens))
-        assert chosen in candidates
-        assert chosen == drawn or matcher.limited
-        if chosen in vocabulary.eos_ids:
-            break
-        tokens.append(chosen)
-        tokens += matcher.forced(budget - len(tokens))
-    assert matcher.is_complete
-    assert len(tokens) <= budget
-    return b"".join(vocabulary.tokens[token_id] for token_id in tokens).decode()
-
-
-def budgets(constraint: Constraint) -> list[int]:
-    least = max(constraint.min_tokens, 1)
-    return [least, least + 1, least + 3, least + 15, least + 40]
+    return constraint_of(SPECS[name], tables, max_seconds=30.0)
 
 
 def check(name: str, text: str) -> None:
@@ -163,8 +83,8 @@ def parser_of(name: str) -> lark.Lark:
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_complete_and_valid_at_every_budget(real: TokenTables, name: str) -> None:
-    constraint, rng = named(name, real), random.Random(name)
+def test_complete_and_valid_at_every_budget(real_tables: TokenTables, name: str) -> None:
+    constraint, rng = named(name, real_tables), random.Random(name)
     for budget in budgets(constraint):
         check(name, adversarial(constraint, budget, rng))
 
@@ -178,10 +98,10 @@ def test_complete_and_valid_with_few_tokens_to_choose_from(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_the_tightest_budget_is_kept_from_wherever_one_is(real: TokenTables, name: str) -> None:
+def test_the_tightest_budget_is_kept_from_wherever_one_is(real_tables: TokenTables, name: str) -> None:
     """In the middle of a text nobody cares for the budget; then it is cut to the least that can do."""
-    constraint, rng = named(name, real), random.Random(name)
-    vocabulary = real.vocabulary
+    constraint, rng = named(name, real_tables), random.Random(name)
+    vocabulary = real_tables.vocabulary
     for length in (1, 3, 7):
         matcher, tokens = constraint.matcher(), list[int]()
         while len(tokens) < length and not (tokens and matcher.is_ended):
@@ -259,9 +179,9 @@ def test_what_the_mask_forbids_is_an_error_and_changes_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("name", ["ticket", "json", "sql", "tree", "words"])
-def test_forks_go_their_own_ways(real: TokenTables, name: str) -> None:
+def test_forks_go_their_own_ways(real_tables: TokenTables, name: str) -> None:
     """Branches of one answer, advanced in turns, do as each would alone."""
-    constraint, vocabulary = named(name, real), real.vocabulary
+    constraint, vocabulary = named(name, real_tables), real_tables.vocabulary
 
     def go_on(matcher: Matcher, seed: int) -> Iterator[int]:
         rng = random.Random(seed)
@@ -292,9 +212,9 @@ def test_forks_go_their_own_ways(real: TokenTables, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["forced", "ticket", "stamp", "options", "keywords", "sql"])
-def test_a_run_of_forced_tokens_is_what_the_masks_force(real: TokenTables, name: str) -> None:
+def test_a_run_of_forced_tokens_is_what_the_masks_force(real_tables: TokenTables, name: str) -> None:
     """Each byte of it is the only one possible, it never exceeds the budget, and there are such runs."""
-    constraint, vocabulary, rng = named(name, real), real.vocabulary, random.Random(name)
+    constraint, vocabulary, rng = named(name, real_tables), real_tables.vocabulary, random.Random(name)
     num_forced = 0
     for budget in budgets(constraint):
         matcher, tokens = constraint.matcher(), list[int]()
@@ -343,14 +263,14 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_every_tokenization_of_a_legal_text_is_accepted(real: TokenTables, name: str) -> None:
+def test_every_tokenization_of_a_legal_text_is_accepted(real_tables: TokenTables, name: str) -> None:
     """Also cuts that the tokenizer would never make, through the middle of characters."""
-    text, vocabulary, rng = TEXTS[name].encode(), real.vocabulary, random.Random(name)
+    text, vocabulary, rng = TEXTS[name].encode(), real_tables.vocabulary, random.Random(name)
     ids: dict[bytes, list[int]] = {}
     for token_id, token in enumerate(vocabulary.tokens):
         ids.setdefault(token, []).append(token_id)
     for number in range(12):
-        matcher, place = named(name, real).matcher(), 0
+        matcher, place = named(name, real_tables).matcher(), 0
         while place < len(text):
             lengths = [size for size in range(1, len(text) - place + 1) if text[place : place + size] in ids]
             length = min(lengths) if number == 0 else max(lengths) if number == 1 else rng.choice(lengths)
@@ -362,15 +282,15 @@ def test_every_tokenization_of_a_legal_text_is_accepted(real: TokenTables, name:
         allowed(matcher, vocabulary, 1)
 
 
-def test_added_and_special_tokens_never_come(smollm2: LoadedModel, real: TokenTables) -> None:
+def test_added_and_special_tokens_never_come(smollm2: LoadedModel, real_tables: TokenTables) -> None:
     """Their texts are legal in JSON strings; as tokens they mean something else. Ends come where the text ends."""
     held_back = smollm2.tokenizer.special_ids | smollm2.tokenizer.added_ids
     assert len(held_back) > 3
-    matcher = constraint_of(ConstraintSpec.json_schema({"type": "string"}), real).matcher()
-    for token_id in real.vocabulary.segment(b'"anything <') or []:
-        assert not held_back & set(allowed(matcher, real.vocabulary, 10**6))
+    matcher = constraint_of(ConstraintSpec.json_schema({"type": "string"}), real_tables).matcher()
+    for token_id in real_tables.vocabulary.segment(b'"anything <') or []:
+        assert not held_back & set(allowed(matcher, real_tables.vocabulary, 10**6))
         matcher.accept(token_id, 10**6)
-    assert not held_back & set(allowed(matcher, real.vocabulary, 10**6))
-    for special in held_back - set(real.vocabulary.eos_ids):
+    assert not held_back & set(allowed(matcher, real_tables.vocabulary, 10**6))
+    for special in held_back - set(real_tables.vocabulary.eos_ids):
         with pytest.raises(MatcherError):
             matcher.fork().accept(special, 10**6)

@@ -10,89 +10,14 @@ import warnings
 from typing import Any
 
 import jsonschema
-import numpy as np
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cadenza.decoding.constraints.compile import compile_spec
-from cadenza.decoding.constraints.constraint import Constraint, TokenTables
+from cadenza.decoding.constraints.constraint import Constraint
 from cadenza.decoding.constraints.errors import ConstraintError
-from cadenza.decoding.constraints.limits import Effort, Limits
-from cadenza.decoding.constraints.matcher import Matcher
 from cadenza.decoding.constraints.spec import ConstraintSpec
-from cadenza.decoding.constraints.vocabulary import Vocabulary
 
-
-def a_small_vocabulary() -> TokenTables:
-    """Bytes, pieces of JSON and of words, parts of characters, ids without text, and two tokens that end."""
-    pieces = [
-        '{"',
-        '":',
-        '",',
-        '"}',
-        "[]",
-        "{}",
-        '":"',
-        "tr",
-        "true",
-        "null",
-        "12",
-        "0.",
-        "-1",
-        "e5",
-        " ",
-        "  ",
-    ]
-    pieces += ["ab", "abc", "aa", "ba", "a1", "x-", "\n", "\\u00", '\\"', "é", "日", "the ", "lower", "9]"]
-    parts = ["é".encode()[:1], "🎵".encode()[:2], "🎵".encode()[2:] + b'"', b"\xff\xfe"]
-    tokens = [bytes([byte]) for byte in range(256)] + [piece.encode() for piece in pieces] + parts
-    tokens += [b"", b"", b"", b"ab"]
-    vocabulary = Vocabulary(tokens, [len(tokens) - 4, len(tokens) - 2])
-    return TokenTables(vocabulary, vocabulary.segment)
-
-
-SMALL = a_small_vocabulary()
-
-
-def constraint_of(spec: ConstraintSpec, tables: TokenTables) -> Constraint:
-    compiled = compile_spec(spec, tables.vocabulary, Effort(Limits(max_seconds=5.0)))
-    return Constraint(spec, compiled, tables, 0)
-
-
-def allowed(matcher: Matcher, vocabulary: Vocabulary, remaining: int) -> list[int]:
-    row = np.full(vocabulary.num_words, -1, np.int32)
-    matcher.fill(row, remaining)
-    found = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
-    ends = set(vocabulary.eos_ids)
-    assert ends <= set(found) if matcher.is_complete else not ends & set(found)
-    assert all(vocabulary.tokens[token_id] for token_id in set(found) - ends), "ids without text"
-    assert found, "there is always a way to go on"
-    return [int(token_id) for token_id in found]
-
-
-def adversarial(constraint: Constraint, budget: int, rng: random.Random) -> str:
-    """What a sampler writes that knows nothing of the constraint and likes no token better than another."""
-    vocabulary, matcher = constraint.tables.vocabulary, constraint.matcher()
-    tokens: list[int] = []
-    while len(tokens) < budget and not (tokens and matcher.is_ended):
-        candidates = allowed(matcher, vocabulary, budget - len(tokens))
-        text_only = [token_id for token_id in candidates if token_id not in vocabulary.eos_ids]
-        drawn = rng.choice(text_only if text_only and rng.random() < 0.9 else candidates)
-        chosen = matcher.accept(drawn, budget - len(tokens))
-        assert chosen in candidates
-        assert chosen == drawn or matcher.limited
-        if chosen in vocabulary.eos_ids:
-            break
-        tokens.append(chosen)
-        tokens += matcher.forced(budget - len(tokens))
-    assert matcher.is_complete
-    assert len(tokens) <= budget
-    return b"".join(vocabulary.tokens[token_id] for token_id in tokens).decode()
-
-
-def budgets(constraint: Constraint) -> list[int]:
-    least = max(constraint.min_tokens, 1)
-    return [least, least + 1, least + 3, least + 15, least + 40]
+from .sampling import SMALL, adversarial, budgets, constraint_of
 
 
 def json_schemas() -> st.SearchStrategy[Any]:
