@@ -11,6 +11,7 @@ from cadenza.decoding.branch import Branch
 from cadenza.decoding.config import EngineConfig
 from cadenza.decoding.constraints.spec import check_combination
 from cadenza.decoding.detokenizer import IncrementalDetokenizer, StopStringFilter, TextStream
+from cadenza.decoding.dry import Dry, find_breakers
 from cadenza.decoding.generation import Generation
 from cadenza.decoding.request import GenerationRequest, RequestError, SamplingParams
 from cadenza.decoding.strategies.factory import strategy_of
@@ -69,6 +70,7 @@ def admit(
         max_tokens=max_tokens,
         eos_token_ids=frozenset(model.eos_token_ids),
         bad_words=_bad_words(tokenizer, params),
+        dry=_dry(tokenizer, params),
     )
 
 
@@ -129,3 +131,15 @@ def _bad_words(tokenizer: Tokenizer, params: SamplingParams) -> list[list[int]]:
             if ids and ids not in sequences:
                 sequences.append(ids)
     return sequences
+
+
+def _dry(tokenizer: Tokenizer, params: SamplingParams) -> Dry | None:
+    if params.dry_multiplier == 0.0 or params.dry_penalty_last_n == 0:
+        return None
+    return Dry(
+        multiplier=params.dry_multiplier,
+        base=params.dry_base,
+        allowed_length=params.dry_allowed_length,
+        last_n=params.dry_penalty_last_n,
+        breakers=find_breakers(tokenizer, params.dry_sequence_breakers),
+    )

@@ -45,6 +45,8 @@ class Branch:
     """News that the strategy has not let go yet."""
     cumulative_logprob: float = 0.0
     """Of the generated tokens, where the strategy needs scores or the client wants them."""
+    mirostat_mu: float | None = None
+    """Mirostat's state, once a token has been drawn with it: what the next draw may surprise by, in bits."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 

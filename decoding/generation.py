@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cadenza.decoding.branch import Branch
+from cadenza.decoding.dry import Dry
 from cadenza.decoding.logits import Choice, Row
 from cadenza.decoding.request import (
     Delta,
@@ -41,6 +42,7 @@ class Generation:
     max_tokens: int
     eos_token_ids: frozenset[int]
     bad_words: Sequence[Sequence[int]]
+    dry: Dry | None = None
     num_generated: int = 0
     """Tokens of all branches there ever were."""
     is_begun: bool = False
@@ -105,14 +107,20 @@ class Generation:
             sampling=params,
             seed=self.seed,
             branch=branch.index,
-            prompt=branch.token_ids[: branch.num_prompt_tokens] if params.repetition_penalty != 1.0 else (),
+            prompt=branch.token_ids[: branch.num_prompt_tokens] if self._counts_prompt else (),
             generated=branch.generated,
             banned=self._banned(branch),
             num_logprobs=0 if params.logprobs is None and needs.scores else params.logprobs,
             mask=mask,
             candidates=needs.candidates,
             explain=self.request.explain,
+            dry=self.dry,
+            mirostat_mu=branch.mirostat_mu,
         )
+
+    @property
+    def _counts_prompt(self) -> bool:
+        return self.request.sampling.repetition_penalty != 1.0 or self.dry is not None
 
     def _banned(self, branch: Branch) -> list[int]:
         params = self.request.sampling
@@ -199,6 +207,8 @@ class Generation:
         assert token_id is not None
         if choice.logprob is not None:
             branch.cumulative_logprob += choice.logprob.logprob
+        if choice.mirostat_mu is not None:
+            branch.mirostat_mu = choice.mirostat_mu
         if branch.matcher is None:
             forced: Sequence[int] = ()
             text = self._text_and_end(branch, token_id)

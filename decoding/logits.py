@@ -5,14 +5,17 @@ step; what no row uses is skipped. Knows token ids and parameters; no blocks, no
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cadenza.decoding.dry import Dry
+from cadenza.decoding.explanation import explain
 from cadenza.decoding.request import Decision, SamplingParams, TokenExplanation, TokenLogprob
-from cadenza.kernels.sampling import SamplingRows, divide_by_temperature, sample, truncate
+from cadenza.kernels.sampling import SamplingRows, divide_by_temperature, draw, survivors
+from cadenza.kernels.thresholds import ThresholdRows
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 
@@ -47,6 +50,9 @@ class Row:
     candidates: Candidates | None = None
     """None: one token is drawn."""
     explain: bool = False
+    dry: Dry | None = None
+    mirostat_mu: float | None = None
+    """Mirostat's state; None: its first token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,9 @@ class Choice:
     candidates: tuple[tuple[int, float], ...] = ()
     """(token id, log-probability), best first; of equal ones the lower token first."""
     explanation: TokenExplanation | None = None
+    mirostat_mu: float | None = None
+    """Mirostat's state after this token. None where nothing was learned: a token that was not drawn says nothing
+    about what to leave to the next draw."""
 
 
 class LogitsPipeline:
@@ -68,6 +77,13 @@ class LogitsPipeline:
     def __call__(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None = None) -> list[Choice]:
         """logits: [number of distinct rows, V] float32, left as they are; bitmask: [any, ceil(V / 32)] int32 on the
         host. One choice for each of `rows`."""
+        choices = self._choose(logits, rows, bitmask)
+        return [
+            self._explained(logits, row, bitmask, choice) if row.explain else choice
+            for row, choice in zip(rows, choices, strict=True)
+        ]
+
+    def _choose(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None) -> list[Choice]:
         searching = [number for number, row in enumerate(rows) if row.candidates is not None]
         if not searching:
             return self._draw(logits, rows, bitmask)
@@ -84,11 +100,11 @@ class LogitsPipeline:
         logits = raw.clone() if self._wants_raw_logprobs(rows) else raw
         logits = self._process(logits, rows, bitmask)
         parameters = _parameters(rows, logits.device)
-        tokens = sample(logits, parameters)
-        is_possible = logits.gather(1, tokens[:, None])[:, 0] > -torch.inf
+        drawn = draw(logits, parameters)
+        is_possible = logits.gather(1, drawn.tokens[:, None])[:, 0] > -torch.inf
         if self._logprobs_mode == "processed_logprobs":
             raw = processed_logits(logits, parameters) if _wants_logprobs(rows) else raw
-        return _choices(raw, tokens, is_possible, rows)
+        return _choices(raw, drawn.tokens, is_possible, rows, _next_mu(rows, drawn.surprise))
 
     def _search(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None) -> list[Choice]:
         scores = self._search_scores(logits, rows, bitmask)
@@ -120,7 +136,26 @@ class LogitsPipeline:
     def scored(self, logits: Tensor, row: Row, bitmask: Tensor | None, token_id: int) -> Choice:
         """What the model says of a token that a strategy or a constraint decided on."""
         decision: Decision = "closing" if row.candidates is None else "searched"
-        return Choice(token_id, self._logprob(logits, row, bitmask, token_id), decision)
+        choice = Choice(token_id, self._logprob(logits, row, bitmask, token_id), decision)
+        return self._explained(logits, row, bitmask, choice) if row.explain else choice
+
+    def _explained(self, logits: Tensor, row: Row, bitmask: Tensor | None, choice: Choice) -> Choice:
+        """From the row by itself, as it would be without others beside it."""
+        if choice.token_id is None:
+            return choice
+        if row.candidates is None:
+            processed = self._process(_gather(logits, [row]), [row], bitmask)
+            final = processed_logits(processed, _parameters([row], logits.device))[0]
+        else:
+            final = self._search_scores(logits, [row], bitmask)[0]
+        raw = logits[row.logits_row]
+        allowed = None
+        if bitmask is not None and row.mask is not None:
+            allowed = torch.zeros_like(raw, dtype=torch.bool)
+            bits = unpack_bits(bitmask[row.mask].to(raw.device))[: len(raw)]
+            allowed[: len(bits)] = bits
+        explanation = explain(raw, final, allowed, choice.token_id, choice.decision)
+        return replace(choice, explanation=explanation)
 
     def _logprob(
         self, logits: Tensor, row: Row, bitmask: Tensor | None, token_id: int
@@ -162,8 +197,7 @@ def apply_bitmask(logits: Tensor, rows: Sequence[Row], bitmask: Tensor) -> Tenso
     the mask has no bit."""
     at = [number for number, row in enumerate(rows) if row.mask is not None]
     words = bitmask[[row.mask for row in rows if row.mask is not None]].to(logits.device)
-    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
-    is_allowed = (words.view(torch.uint8)[:, :, None] >> shifts & 1).flatten(1).bool()
+    is_allowed = unpack_bits(words)
     width = min(is_allowed.shape[1], logits.shape[1])
     if len(at) == len(logits):
         logits[:, :width].masked_fill_(~is_allowed[:, :width], -torch.inf)
@@ -175,9 +209,16 @@ def apply_bitmask(logits: Tensor, rows: Sequence[Row], bitmask: Tensor) -> Tenso
     return logits
 
 
+def unpack_bits(words: Tensor) -> Tensor:
+    """[..., W] int32 → [..., 32 W] bool, lowest bits first."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
+    return (words.view(torch.uint8)[..., None] >> shifts & 1).flatten(-2).bool()
+
+
 def apply_penalties(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """In place. Repetition (Keskar et al. 2019) counts prompt and answer: positive logits are divided, negative
-    ones multiplied. Frequency and presence (OpenAI) count the answer only: subtracted per time, and once.
+    ones multiplied. Frequency and presence (OpenAI) count the answer only: subtracted per time, and once. DRY looks
+    at prompt and answer.
     """
     for number, row in enumerate(rows):
         params = row.sampling
@@ -191,6 +232,9 @@ def apply_penalties(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         if (params.frequency_penalty != 0.0 or params.presence_penalty != 0.0) and row.generated:
             ids, counts = torch.tensor(row.generated, device=logits.device).unique(return_counts=True)
             logits[number, ids] -= params.frequency_penalty * counts + params.presence_penalty
+        if row.dry is not None and (penalties := row.dry.penalties([*row.prompt, *row.generated])):
+            repeating = torch.tensor(list(penalties), device=logits.device)
+            logits[number, repeating] -= torch.tensor(list(penalties.values()), device=logits.device)
     return logits
 
 
@@ -208,9 +252,12 @@ def processed_logits(logits: Tensor, parameters: SamplingRows) -> Tensor:
     """What the draw sees: after temperature and truncation, -inf where cut off. Greedy rows stay as they are."""
     greedy = parameters.temperature == 0
     result = divide_by_temperature(logits, torch.where(greedy, 1.0, parameters.temperature))
-    for chosen, candidates, values in truncate(logits, parameters, parameters.is_truncated & ~greedy):
-        left = torch.full_like(result[chosen], -torch.inf)
-        result[chosen] = left.scatter_(1, candidates, values)
+    for group in survivors(logits, parameters, ~greedy):
+        if group.candidates is None:
+            result[group.rows] = group.values
+        else:
+            left = torch.full_like(result[group.rows], -torch.inf)
+            result[group.rows] = left.scatter_(1, group.candidates, group.values)
     return result
 
 
@@ -240,7 +287,13 @@ def token_logprobs(logits: Tensor, tokens: Tensor, num_alternatives: Sequence[in
     return result
 
 
-def _choices(logits: Tensor, tokens: Tensor, is_possible: Tensor, rows: Sequence[Row]) -> list[Choice]:
+def _choices(
+    logits: Tensor,
+    tokens: Tensor,
+    is_possible: Tensor,
+    rows: Sequence[Row],
+    next_mu: Sequence[float | None],
+) -> list[Choice]:
     wanted = [number for number, row in enumerate(rows) if row.num_logprobs is not None]
     logprobs: dict[int, TokenLogprob] = {}
     if wanted:
@@ -252,11 +305,28 @@ def _choices(logits: Tensor, tokens: Tensor, is_possible: Tensor, rows: Sequence
             token if possible else None,
             logprobs.get(number),
             "greedy" if row.sampling.is_greedy else "sampled",
+            mirostat_mu=mu,
         )
-        for number, (row, token, possible) in enumerate(
-            zip(rows, tokens.tolist(), is_possible.tolist(), strict=True)
+        for number, (row, token, possible, mu) in enumerate(
+            zip(rows, tokens.tolist(), is_possible.tolist(), next_mu, strict=True)
         )
     ]
+
+
+def _next_mu(rows: Sequence[Row], surprise: Tensor | None) -> list[float | None]:
+    """Mirostat's feedback: less surprise is allowed after a token of more than tau bits, more after one of less."""
+    if surprise is None:
+        return [None] * len(rows)
+    return [
+        _mu(row) - row.sampling.mirostat_eta * (bits - row.sampling.mirostat_tau)
+        if row.sampling.is_stateful
+        else None
+        for row, bits in zip(rows, surprise.tolist(), strict=True)
+    ]
+
+
+def _mu(row: Row) -> float:
+    return 2.0 * row.sampling.mirostat_tau if row.mirostat_mu is None else row.mirostat_mu
 
 
 def _wants_logprobs(rows: Sequence[Row]) -> bool:
@@ -276,6 +346,25 @@ def _parameters(rows: Sequence[Row], device: torch.device) -> SamplingRows:
         seed=column((_as_signed(row.seed) for row in rows), torch.int64),
         branch=column((row.branch for row in rows), torch.int64),
         position=column((len(row.generated) for row in rows), torch.int64),
+        thresholds=_thresholds(rows, device) if any(row.sampling.has_thresholds for row in rows) else None,
+    )
+
+
+def _thresholds(rows: Sequence[Row], device: torch.device) -> ThresholdRows:
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.float32, device=device)
+
+    params = [row.sampling for row in rows]
+    return ThresholdRows(
+        dynatemp_range=column(each.dynatemp_range for each in params),
+        dynatemp_exponent=column(each.dynatemp_exponent for each in params),
+        top_n_sigma=column(each.top_n_sigma for each in params),
+        epsilon_cutoff=column(each.epsilon_cutoff for each in params),
+        eta_cutoff=column(each.eta_cutoff for each in params),
+        xtc_probability=column(each.xtc_probability for each in params),
+        xtc_threshold=column(each.xtc_threshold for each in params),
+        mirostat=torch.tensor([each.mirostat for each in params], device=device),
+        mirostat_mu=column(map(_mu, rows)),
     )
 
 

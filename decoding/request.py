@@ -10,7 +10,7 @@ A request is token ids and parameters; the answer is a stream of events:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +22,10 @@ FinishReason = Literal["stop", "length"]
 Decision = Literal["greedy", "sampled", "searched", "forced", "closing"]
 """How a token came about. forced: the constraint left no alternative; closing: it takes the place of the model's
 choice, which would have left too few tokens to complete the text."""
+
+MAX_BREAKERS = 32
+MAX_BREAKER_BYTES = 40
+"""Bounds on DRY's sequence breakers, each of which is looked for in the whole vocabulary."""
 
 
 class RequestError(ValueError):
@@ -64,9 +68,30 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     typical_p: float = 1.0
+    top_n_sigma: float = 0.0
+    """0 or -1: off."""
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    """Above 0.5 it excludes nothing."""
+    mirostat: int = 0
+    """0: off, 1, 2."""
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    dynatemp_range: float = 0.0
+    """The temperature follows the entropy, from temperature - range to temperature + range."""
+    dynatemp_exponent: float = 1.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    """0: off."""
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    dry_penalty_last_n: int = -1
+    """-1: prompt and answer; 0: off."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     bad_words: tuple[str, ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
@@ -86,8 +111,9 @@ class SamplingParams:
             if not ok:
                 raise RequestError(f"{param} must be {rule}, got {getattr(self, param)!r}", param)
 
-        for name in ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty"):
-            require(math.isfinite(getattr(self, name)), name, "a finite number")
+        for name, kind in type(self).__annotations__.items():
+            if kind is float:
+                require(math.isfinite(getattr(self, name)), name, "a finite number")
         require(self.n >= 1, "n", "at least 1")
         require(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "at least 0")
         require(self.min_tokens >= 0, "min_tokens", "at least 0")
@@ -104,6 +130,7 @@ class SamplingParams:
         require(self.repetition_penalty > 0.0, "repetition_penalty", "above 0")
         require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
         require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
+        self._check_family(require)
         require(all(-100 <= v <= 100 for v in self.logit_bias.values()), "logit_bias", "between -100 and 100")
         require(all(self.stop), "stop", "without empty strings")
         require(all(self.bad_words), "bad_words", "without empty strings")
@@ -116,9 +143,48 @@ class SamplingParams:
         require(self.logprobs is None or self.logprobs >= 0, "logprobs", "at least 0")
         require(self.prompt_logprobs is None or self.prompt_logprobs >= 0, "prompt_logprobs", "at least 0")
 
+    def _check_family(self, require: Callable[[bool, str, str], None]) -> None:
+        """Of what llama.cpp and transformers have beside the usual."""
+        require(self.top_n_sigma >= 0 or self.top_n_sigma == -1, "top_n_sigma", "at least 0, or -1 for off")
+        require(0 <= self.epsilon_cutoff < 1, "epsilon_cutoff", "at least 0 and below 1")
+        require(0 <= self.eta_cutoff < 1, "eta_cutoff", "at least 0 and below 1")
+        require(0 <= self.xtc_probability <= 1, "xtc_probability", "between 0 and 1")
+        require(0 <= self.xtc_threshold <= 1, "xtc_threshold", "between 0 and 1")
+        require(self.mirostat in (0, 1, 2), "mirostat", "0, 1 or 2")
+        require(self.mirostat_tau > 0, "mirostat_tau", "above 0")
+        require(0 <= self.mirostat_eta <= 1, "mirostat_eta", "between 0 and 1")
+        at_most = f"between 0 and the temperature ({self.temperature})"
+        require(0 <= self.dynatemp_range <= self.temperature, "dynatemp_range", at_most)
+        require(self.dynatemp_exponent >= 0, "dynatemp_exponent", "at least 0")
+        require(self.dry_multiplier >= 0, "dry_multiplier", "at least 0")
+        require(self.dry_base >= 1, "dry_base", "at least 1")
+        require(self.dry_allowed_length >= 1, "dry_allowed_length", "at least 1")
+        require(self.dry_penalty_last_n >= -1, "dry_penalty_last_n", "at least 0, or -1 for all")
+        breakers, limit = self.dry_sequence_breakers, MAX_BREAKER_BYTES
+        require(len(breakers) <= MAX_BREAKERS, "dry_sequence_breakers", f"at most {MAX_BREAKERS} strings")
+        is_fine = all(0 < len(each.encode(errors="surrogatepass")) <= limit for each in breakers)
+        require(is_fine, "dry_sequence_breakers", f"strings of 1 to {limit} bytes")
+
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def is_stateful(self) -> bool:
+        """How a token is drawn depends on more than the tokens before it: on how likely they were."""
+        return self.mirostat != 0 and not self.is_greedy
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Some of what only changes a draw, and is off in most requests, is on."""
+        return (
+            self.top_n_sigma > 0
+            or self.epsilon_cutoff > 0
+            or self.eta_cutoff > 0
+            or self.xtc_probability > 0
+            or self.mirostat != 0
+            or self.dynatemp_range > 0
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,19 +276,24 @@ class Unsent:
     """Tokens that were generated for answers that are not returned."""
 
     num_tokens: int
+    num_forced_tokens: int = 0
+    """Of them: how many a constraint left no alternative to."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VoteProgress:
     """The state of a vote after a sample has finished."""
 
     sample: int
+    """Its index; where `is_final`, that of the sample that is returned."""
     sample_answer: str | None
     """None: no answer was found in its text."""
     answer: str | None
-    """The leader; where `is_final`, the winner."""
+    """The leader; where `is_final`, the winner. None: nobody has answered."""
+    counts: tuple[tuple[str, int], ...]
+    """(answer, votes), the leader first."""
     weights: tuple[tuple[str, float], ...]
-    """(answer, sum of its votes' weights), the leader first."""
+    """(answer, sum of its votes' weights), in the same order."""
     num_finished: int
     num_stopped: int
     """Samples that were not run, because they could not change the winner. Known where `is_final`."""
@@ -231,6 +302,11 @@ class VoteProgress:
     num_tokens_saved: int
     """An estimate: the samples not run, at the mean length of those that were."""
     is_final: bool = False
+
+    @property
+    def num_abstained(self) -> int:
+        """Finished samples in whose text no answer was found."""
+        return self.num_finished - sum(votes for _, votes in self.counts)
 
 
 Event = PromptDone | Delta | Unsent | VoteProgress

@@ -50,9 +50,24 @@ class SamplingFields(ConstraintFields):
     top_p: float | None = None
     min_p: float | None = None
     typical_p: float | None = None
+    top_n_sigma: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    mirostat: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    dynatemp_range: float | None = None
+    dynatemp_exponent: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_sequence_breakers: list[str] | None = None
+    dry_penalty_last_n: int | None = None
     logit_bias: dict[str, float] | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
@@ -137,7 +152,7 @@ def sampling_params(
     )
 
 
-_LISTS = ("bad_words", "allowed_token_ids", "stop", "stop_token_ids")
+_LISTS = ("bad_words", "allowed_token_ids", "stop", "stop_token_ids", "dry_sequence_breakers")
 _TRANSLATED = ("logit_bias", "logprobs", "prompt_logprobs", "max_tokens")
 _COPIED = tuple(field.name for field in fields(SamplingParams) if field.name not in _TRANSLATED)
 

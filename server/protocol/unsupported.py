@@ -44,16 +44,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "self_consistency": (),
     "best_of": (1,),
     # sampling
-    "top_n_sigma": (-1.0, 0.0),
-    "xtc_probability": (0.0,),
-    "xtc_threshold": (0.1,),
-    "dry_multiplier": (0.0,),
-    "dry_base": (1.75,),
-    "dry_allowed_length": (2,),
-    "dry_sequence_breakers": ([], ["\n", ":", '"', "*"]),
-    "mirostat": (0,),
-    "mirostat_tau": (5.0,),
-    "mirostat_eta": (0.1,),
     "min_keep": (0,),
     # adapters
     "lora": ([],),

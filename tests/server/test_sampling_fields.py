@@ -17,6 +17,21 @@ FIELDS: dict[str, tuple[Any, Any]] = {
     "top_p": (0.9, 0.9),
     "min_p": (0.1, 0.1),
     "typical_p": (0.8, 0.8),
+    "top_n_sigma": (1.5, 1.5),
+    "epsilon_cutoff": (3e-4, 3e-4),
+    "eta_cutoff": (6e-4, 6e-4),
+    "xtc_probability": (0.5, 0.5),
+    "xtc_threshold": (0.2, 0.2),
+    "mirostat": (2, 2),
+    "mirostat_tau": (3, 3.0),
+    "mirostat_eta": (0.2, 0.2),
+    "dynatemp_range": (0.5, 0.5),
+    "dynatemp_exponent": (2, 2.0),
+    "dry_multiplier": (0.8, 0.8),
+    "dry_base": (2, 2.0),
+    "dry_allowed_length": (3, 3),
+    "dry_sequence_breakers": (["\n", "User:"], ("\n", "User:")),
+    "dry_penalty_last_n": (64, 64),
     "repetition_penalty": (1.2, 1.2),
     "presence_penalty": (-0.5, -0.5),
     "frequency_penalty": (0.7, 0.7),
@@ -49,6 +64,15 @@ def test_each_field_reaches_the_engine(request: Any, engine: Any, name: str, rou
     assert getattr(SamplingParams(), name) != received
     untouched = set(FIELDS) - {name, "max_tokens"}
     assert all(getattr(sampling, other) == getattr(SamplingParams(), other) for other in untouched)
+
+
+def test_values_that_turn_a_truncation_off_are_fine(chat: Callable[..., Any], engine: Any) -> None:
+    off = {"top_n_sigma": -1, "mirostat": 0, "dry_multiplier": 0, "dry_sequence_breakers": []}
+    assert chat(**off, xtc_probability=0, epsilon_cutoff=0, eta_cutoff=0, dynatemp_range=0).status_code == 200
+    sampling = engine.submitted[0].sampling
+    assert not sampling.has_thresholds
+    assert not sampling.is_stateful
+    assert sampling.dry_sequence_breakers == ()
 
 
 def test_one_stop_string_need_not_be_in_a_list(chat: Callable[..., Any], engine: Any) -> None:
@@ -120,6 +144,27 @@ def test_priority_and_salt(chat: Callable[..., Any], engine: Any) -> None:
         ("complete", {"logprobs": 21}, "logprobs"),
         ("complete", {"logprobs": -1}, "logprobs"),
         ("complete", {"prompt_logprobs": 21}, "prompt_logprobs"),
+        ("chat", {"top_n_sigma": -2}, "top_n_sigma"),
+        ("chat", {"epsilon_cutoff": 1}, "epsilon_cutoff"),
+        ("chat", {"epsilon_cutoff": -0.1}, "epsilon_cutoff"),
+        ("chat", {"eta_cutoff": 1}, "eta_cutoff"),
+        ("chat", {"xtc_probability": 1.1}, "xtc_probability"),
+        ("chat", {"xtc_threshold": -0.1}, "xtc_threshold"),
+        ("chat", {"mirostat": 3}, "mirostat"),
+        ("chat", {"mirostat": 2, "mirostat_tau": 0}, "mirostat_tau"),
+        ("chat", {"mirostat": 2, "mirostat_eta": 1.1}, "mirostat_eta"),
+        ("chat", {"temperature": 0.5, "dynatemp_range": 0.6}, "dynatemp_range"),
+        ("chat", {"temperature": 0, "dynatemp_range": 0.1}, "dynatemp_range"),
+        ("chat", {"dynatemp_range": 0.5, "dynatemp_exponent": -1}, "dynatemp_exponent"),
+        ("chat", {"dry_multiplier": -1}, "dry_multiplier"),
+        ("chat", {"dry_base": 0.9}, "dry_base"),
+        ("chat", {"dry_allowed_length": 0}, "dry_allowed_length"),
+        ("chat", {"dry_penalty_last_n": -2}, "dry_penalty_last_n"),
+        ("chat", {"dry_sequence_breakers": [""]}, "dry_sequence_breakers"),
+        ("chat", {"dry_sequence_breakers": ["é" * 21]}, "dry_sequence_breakers"),
+        ("chat", {"dry_sequence_breakers": ["x"] * 33}, "dry_sequence_breakers"),
+        ("chat", {"mirostat": True}, "mirostat"),
+        ("chat", {"dry_sequence_breakers": "[]"}, "dry_sequence_breakers"),
         ("chat", {"logit_bias": {"x": 1}}, "logit_bias"),
         ("chat", {"logit_bias": {"5": 101}}, "logit_bias"),
         ("chat", {"allowed_token_ids": []}, "allowed_token_ids"),

@@ -113,10 +113,6 @@ REFUSED = {
     "num_beams": 4,
     "self_consistency": {"n": 4},
     "lora": [{"id": "x", "scale": 1.0}],
-    "top_n_sigma": 1.0,
-    "xtc_probability": 0.5,
-    "dry_multiplier": 0.8,
-    "mirostat": 2,
     "audio": {"voice": "x", "format": "wav"},
     "modalities": ["text", "audio"],
     "store": True,
@@ -153,8 +149,6 @@ NEUTRAL = {
     "use_beam_search": False,
     "modalities": ["text"],
     "suffix": "",
-    "xtc_probability": 0,
-    "mirostat": 0,
 }
 
 
