@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from cadenza.decoding.branch import Branch
 from cadenza.decoding.dry import Dry
+from cadenza.decoding.explanation import decided
 from cadenza.decoding.logits import Choice, Row
 from cadenza.decoding.request import (
     Delta,
@@ -21,6 +22,7 @@ from cadenza.decoding.request import (
     PromptDone,
     RequestError,
     RequestFailed,
+    TokenExplanation,
     TokenLogprob,
 )
 from cadenza.decoding.strategies.base import Result, Strategy
@@ -221,7 +223,6 @@ class Generation:
             if branch.text.stop_string is not None and branch.stop_reason is None:
                 branch.finish_reason, branch.stop_reason = "stop", branch.text.stop_string
         self.num_generated += 1 + len(forced)
-        explanation = choice.explanation
         branch.unsent.append(
             Delta(
                 branch.index,
@@ -232,9 +233,7 @@ class Generation:
                 branch.stop_reason,
                 num_forced_tokens=(choice.decision == "forced") + len(forced),
                 closed_early=_closed_early(branch),
-                explanations=None
-                if explanation is None
-                else (replace(explanation, decision=choice.decision),),
+                explanations=_explanations(branch, choice),
             )
         )
 
@@ -316,6 +315,13 @@ def _matching() -> Iterator[None]:
 
 def matcher_failed(error: BaseException) -> RequestFailed:
     return RequestFailed(f"the constraint's matcher failed: {error}")
+
+
+def _explanations(branch: Branch, choice: Choice) -> tuple[TokenExplanation, ...] | None:
+    if choice.explanation is None:
+        return None
+    budget_binds = branch.matcher is not None and branch.matcher.limited
+    return (decided(choice.explanation, choice.decision, budget_binds=budget_binds),)
 
 
 def _closed_early(branch: Branch) -> bool | None:
