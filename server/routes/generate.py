@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Request, Response
 
 from cadenza.decoding.constraints.errors import ConstraintError
-from cadenza.decoding.constraints.spec import ConstraintSpec
+from cadenza.decoding.constraints.spec import ConstraintSpec, check_combination
 from cadenza.decoding.request import GenerationRequest, RequestError
 from cadenza.server.answers.chat import ChatAnswer
 from cadenza.server.answers.completion import CompletionAnswer
@@ -87,7 +87,7 @@ async def _submit(
     prompt_logprobs: int | None,
 ) -> Generation:
     """One engine request per prompt; an error names the field as the client did."""
-    constraint = await _compiled(engine, body.constraint_spec)
+    spec = body.constraint_spec
     with wire_names(body.renamed):
         sampling = sampling_params(
             body,
@@ -95,12 +95,18 @@ async def _submit(
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
+        if spec is not None:
+            check_combination(sampling, engine.model.eos_token_ids)
+    constraint = await _compiled(engine, spec)
+    with wire_names(body.renamed):
         requests = [
             GenerationRequest(
                 request_id=uuid.uuid4().hex,
                 prompt_token_ids=token_ids,
                 sampling=sampling,
                 constraint=constraint,
+                strategy=body.strategy,
+                explain=body.explain,
                 cache_salt=body.cache_salt,
                 priority=body.priority,
             )

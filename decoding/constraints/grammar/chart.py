@@ -6,6 +6,7 @@ where the text repeats itself. Knows nothing of where in a text it is.
 """
 
 from collections.abc import Iterable
+from weakref import WeakSet
 
 from cadenza.decoding.constraints.errors import MatcherError
 from cadenza.decoding.constraints.grammar.closure import Closer, Thread
@@ -16,6 +17,8 @@ _MAX_ITEMS = 500_000
 _MAX_ITEMS_PER_BYTE = 100
 """Of work over the whole text: bounds what a text with very many readings costs, and what it keeps, which is about
 100 bytes per item. Bytes that lead where they led before neither cost nor count."""
+_MAX_TEXTS = 8
+"""So many times that are granted to texts which are followed at once."""
 _MAX_SHARED_THREADS = 64
 """Frontiers of more threads hardly ever come again."""
 
@@ -43,6 +46,8 @@ class Chart:
         self._known: dict[tuple[Thread | frozenset[Thread] | None, bool], Frontier] = {}
         self._num_threads = 0
         self._num_steps = 0
+        self._followers: WeakSet[object] = WeakSet()
+        self._max_followers = 1
         start = self.closer.start()
         self.start = self._frontier(start.threads, start.is_complete)
 
@@ -50,6 +55,11 @@ class Chart:
     def num_items(self) -> int:
         """The work done so far."""
         return self.closer.num_items + self._num_threads
+
+    def follow(self, parser: object) -> None:
+        """One more text is followed, as long as there is the parser."""
+        self._followers.add(parser)
+        self._max_followers = min(max(len(self._followers), self._max_followers), _MAX_TEXTS)
 
     def step(self, frontier: Frontier, byte: int) -> Frontier | None:
         """Where the byte leads; None if it may not follow."""
@@ -149,5 +159,5 @@ class Chart:
     def _account(self, num_threads: int) -> None:
         self._num_threads += num_threads
         self._num_steps += 1
-        if self.num_items > _MAX_ITEMS + _MAX_ITEMS_PER_BYTE * self._num_steps:
+        if self.num_items > _MAX_ITEMS * self._max_followers + _MAX_ITEMS_PER_BYTE * self._num_steps:
             raise MatcherError("the constraint is too ambiguous: the text can be read in too many ways")

@@ -19,12 +19,13 @@ class Parser:
     parser is then as before.
     """
 
-    __slots__ = ("_chart", "_frontiers")
+    __slots__ = ("__weakref__", "_chart", "_frontiers")
 
     def __init__(self, grammar: CompiledGrammar) -> None:
         self._chart = Chart(grammar)
         self._frontiers: list[Frontier] = [self._chart.start]
         """Behind each byte of the text."""
+        self._chart.follow(self)
 
     @property
     def num_bytes(self) -> int:
@@ -66,10 +67,11 @@ class Parser:
         del self._frontiers[len(self._frontiers) - num_bytes :]
 
     def fork(self) -> "Parser":
-        """A parser of the same text that goes on by itself."""
+        """A parser of the same text that goes on by itself. Copies a pointer for each byte of the text."""
         parser = Parser.__new__(Parser)
         parser._chart = self._chart
         parser._frontiers = self._frontiers.copy()
+        self._chart.follow(parser)
         return parser
 
     def min_bytes(self) -> int:

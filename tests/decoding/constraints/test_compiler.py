@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -24,35 +23,15 @@ from cadenza.decoding.constraints.compile import compile_spec
 from cadenza.decoding.constraints.compiler import ConstraintCompiler
 from cadenza.decoding.constraints.constraint import Constraint
 from cadenza.decoding.constraints.errors import ConstraintError, ConstraintTooComplex
-from cadenza.decoding.constraints.limits import Effort, Limits
+from cadenza.decoding.constraints.limits import Effort
 from cadenza.decoding.constraints.spec import ConstraintSpec
-from cadenza.decoding.constraints.vocabulary import Vocabulary
 from cadenza.decoding.constraints.worker_process import WorkerProcess
 from cadenza.decoding.request import EngineClosed, QueueFull, RequestError
 from cadenza.server.errors import describe
-from cadenza.server.routes.generate import _compiled
+from cadenza.server.protocol.chat import ChatRequest
+from cadenza.server.routes.generate import _compiled, _submit
 
-WORDS = [b"true", b"false", b'":', b'{"', b"12", b"ab", b"hello", b"\xf0\x9f", b"\n\n"]
-VOCABULARY = Vocabulary([bytes([byte]) for byte in range(256)] + WORDS + [b""], [256 + len(WORDS)])
-WAIT = 60.0
-Make = Callable[..., ConstraintCompiler]
-
-
-def spec(number: int) -> ConstraintSpec:
-    return ConstraintSpec.regex(f"[a-z]{{{number + 1}}}")
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    made: list[ConstraintCompiler] = []
-
-    def new(limits: Limits | None = None) -> ConstraintCompiler:
-        made.append(ConstraintCompiler(lambda: (VOCABULARY, VOCABULARY), VOCABULARY.segment, limits))
-        return made[-1]
-
-    yield new
-    for compiler in made:
-        compiler.close()
+from .compiling import VOCABULARY, WAIT, Make, error_of, is_gone, only_worker, spec
 
 
 @pytest.fixture
@@ -74,25 +53,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ConstraintSpec]:
 
     monkeypatch.setattr(WorkerProcess, "ask", counting)
     return questions
-
-
-def error_of(future: "Future[Constraint]") -> BaseException | None:
-    return future.exception(WAIT)
-
-
-def only_worker(compiler: ConstraintCompiler) -> WorkerProcess:
-    """Started, and at rest."""
-    compiler.compile(spec(900)).result(WAIT)
-    return compiler._workers[-1]
-
-
-def is_gone(pid: int) -> bool:
-    """Neither running nor waiting to be collected."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
 
 
 def stopped_in_the_middle(compiler: ConstraintCompiler, number: int) -> "tuple[int, Future[Constraint]]":
@@ -375,6 +335,24 @@ def test_a_refusal_names_the_field_that_asked(compiler: ConstraintCompiler) -> N
         assert str(refused.value).startswith(f"{param}: ")
         assert describe(refused.value).status == 400
     assert asyncio.run(_compiled(engine, None)) is None
+
+
+@pytest.mark.parametrize(("field", "value"), [("stop", ["x"]), ("min_tokens", 2), ("bad_words", ["a"])])
+def test_what_no_constraint_allows_is_refused_before_it_is_compiled(field: str, value: Any) -> None:
+    fields = {"messages": [{"role": "user", "content": "Hi"}], "guided_regex": "a" * 9, field: value}
+    engine: Any = SimpleNamespace(model=SimpleNamespace(sampling_defaults={}, eos_token_ids=(2,)))
+    with pytest.raises(RequestError, match="cannot be combined with a constraint") as refused:
+        asyncio.run(
+            _submit(
+                None,  # type: ignore[arg-type]
+                engine,  # which has nothing to compile with
+                ChatRequest.model_validate(fields),
+                [(1,)],
+                logprobs=None,
+                prompt_logprobs=None,
+            )
+        )
+    assert refused.value.param == field
 
 
 def test_the_worker_answers_as_compiling_here_would(compiler: ConstraintCompiler) -> None:

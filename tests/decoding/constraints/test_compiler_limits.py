@@ -1,64 +1,24 @@
 """What one constraint may cost where constraints are compiled: processor time, memory, and nobody else's time."""
 
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from cadenza.decoding.constraints import compiler as compiler_module
 from cadenza.decoding.constraints.compiler import ConstraintCompiler
-from cadenza.decoding.constraints.constraint import Constraint
 from cadenza.decoding.constraints.errors import ConstraintError, ConstraintTooComplex
 from cadenza.decoding.constraints.limits import Limits
 from cadenza.decoding.constraints.spec import ConstraintSpec
-from cadenza.decoding.constraints.vocabulary import Vocabulary
 from cadenza.decoding.constraints.worker_process import WorkerProcess
 
-WORDS = [b"true", b"false", b'":', b'{"', b"12", b"ab", b"hello", b"\xf0\x9f", b"\n\n"]
-VOCABULARY = Vocabulary([bytes([byte]) for byte in range(256)] + WORDS + [b""], [256 + len(WORDS)])
-WAIT = 60.0
+from .compiling import VOCABULARY, WAIT, Make, error_of, is_gone, only_worker, spec
+
 MEMORY = 200 * 1024  # kilobytes
-Make = Callable[..., ConstraintCompiler]
 
 linux_only = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
-
-
-def spec(number: int) -> ConstraintSpec:
-    return ConstraintSpec.regex(f"[a-z]{{{number + 1}}}")
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    made: list[ConstraintCompiler] = []
-
-    def new(limits: Limits | None = None) -> ConstraintCompiler:
-        made.append(ConstraintCompiler(lambda: (VOCABULARY, VOCABULARY), VOCABULARY.segment, limits))
-        return made[-1]
-
-    yield new
-    for compiler in made:
-        compiler.close()
-
-
-def error_of(future: "Future[Constraint]") -> BaseException | None:
-    return future.exception(WAIT)
-
-
-def only_worker(compiler: ConstraintCompiler) -> WorkerProcess:
-    """Started, and at rest."""
-    compiler.compile(spec(900)).result(WAIT)
-    return compiler._workers[-1]
-
-
-def is_gone(pid: int) -> bool:
-    """Neither running nor waiting to be collected."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
 
 
 def number_in(process: WorkerProcess, name: str) -> int:
