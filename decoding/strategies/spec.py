@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cadenza.decoding.request import RequestError, SamplingParams
+from cadenza.decoding.voting.spec import SelfConsistency
 
 EarlyStopping = bool | Literal["never"]
 
@@ -65,7 +66,7 @@ class BestOf:
         _require(1 <= self.best_of <= 128, "best_of", "between 1 and 128", self.best_of)
 
 
-StrategySpec = BeamSearch | ContrastiveSearch | BestOf
+StrategySpec = BeamSearch | ContrastiveSearch | BestOf | SelfConsistency
 
 
 def check_search(sampling: SamplingParams, what: str) -> None:

@@ -23,6 +23,7 @@ class Usage:
                 self.forced_tokens += event.num_forced_tokens
             case Unsent():
                 self.completion_tokens += event.num_tokens
+                self.forced_tokens += event.num_forced_tokens
 
     def wire(self) -> dict[str, Any]:
         return {
