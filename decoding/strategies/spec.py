@@ -5,8 +5,9 @@ a spec is decoded greedily or sampled, n choices that know nothing of each other
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Final, Literal
 
 from cadenza.decoding.request import RequestError, SamplingParams
 from cadenza.decoding.voting.spec import SelfConsistency
@@ -74,10 +75,39 @@ def check_search(sampling: SamplingParams, what: str) -> None:
     neutral = SamplingParams()
     if sampling.temperature not in (0.0, 1.0):
         raise RequestError(f"temperature must be 0 or 1 with {what}: nothing is drawn", "temperature")
-    for name in _DRAWING:
+    for name in DRAWING_FIELDS:
         if getattr(sampling, name) != getattr(neutral, name):
             raise RequestError(f"{name} cannot be combined with {what}: nothing is drawn", name)
 
 
-_DRAWING = ("top_k", "top_p", "min_p", "typical_p")
-"""Fields of `SamplingParams` that only change a draw."""
+def is_search(spec: StrategySpec | None) -> bool:
+    """Whether tokens are searched for, so that nothing is drawn."""
+    return isinstance(spec, BeamSearch | ContrastiveSearch)
+
+
+def search_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's own sampling defaults, less those that mean nothing to a search."""
+    return {
+        name: value
+        for name, value in defaults.items()
+        if name != "temperature" and name not in DRAWING_FIELDS
+    }
+
+
+DRAWING_FIELDS: Final = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "top_n_sigma",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "xtc_probability",
+    "xtc_threshold",
+    "mirostat",
+    "mirostat_tau",
+    "mirostat_eta",
+    "dynatemp_range",
+    "dynatemp_exponent",
+)
+"""Fields of `SamplingParams` that only change a draw, beside temperature."""

@@ -1,11 +1,14 @@
 """The body of /v1/completions."""
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import PlainValidator
 
-from cadenza.decoding.request import RequestError
+from cadenza.decoding.strategies.spec import BestOf
 from cadenza.server.protocol.sampling import SamplingFields
+from cadenza.server.protocol.strategies import Way
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -37,12 +40,10 @@ class CompletionRequest(SamplingFields):
     best_of: int | None = None
     add_special_tokens: bool = True
 
-    def check(self) -> None:
-        super().check()
-        if self.best_of is not None and self.best_of != self.n:
-            raise RequestError(
-                f"best_of other than n ({self.n}) is not supported yet.", "best_of", "unsupported_parameter"
-            )
+    def _strategies(self) -> Iterator[Way]:
+        yield from super()._strategies()
+        if self.best_of is not None and self.best_of != self.n:  # as many as are returned: nothing to choose
+            yield "best_of", partial(BestOf, best_of=self.best_of)
 
     @property
     def new_tokens(self) -> int:

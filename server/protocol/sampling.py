@@ -12,7 +12,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from cadenza.decoding.request import RequestError, SamplingParams
+from cadenza.decoding.strategies.spec import ContrastiveSearch, is_search, search_defaults
 from cadenza.server.protocol.constraints import ConstraintFields
+from cadenza.server.protocol.strategies import StrategyFields
 from cadenza.server.protocol.wire import Wire
 
 MAX_CHOICES = 128
@@ -37,16 +39,14 @@ class StreamOptions(Wire):
             )
 
 
-class SamplingFields(ConstraintFields):
+class SamplingFields(ConstraintFields, StrategyFields):
     """None: the client did not say; then the model's own default holds, else that of `SamplingParams`."""
 
     model: str | None = None
-    n: int = 1
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None
-    top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     typical_p: float | None = None
@@ -109,6 +109,9 @@ class SamplingFields(ConstraintFields):
                 f"got {self.truncate_prompt_tokens}.",
                 "truncate_prompt_tokens",
             )
+        if self.self_consistency is not None:
+            self.self_consistency.check()
+        _ = self.strategy
 
     @property
     def new_tokens(self) -> int | None:
@@ -128,7 +131,8 @@ class SamplingFields(ConstraintFields):
     @property
     def renamed(self) -> dict[str, str]:
         """What the engine calls one of our fields, where that differs from what this client called it."""
-        return {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        names = {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        return {**names, **self.strategy_renamed}
 
 
 def sampling_params(
@@ -138,11 +142,15 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> SamplingParams:
-    """`defaults` are the model's own, used where `body` is silent."""
+    """`defaults` are the model's own, used where `body` is silent, and left out where they mean nothing."""
+    if is_search(body.strategy):
+        defaults = search_defaults(defaults)
     asked = {name: value for name in _COPIED if (value := getattr(body, name)) is not None}
     for name in _LISTS:
         if name in asked:
             asked[name] = tuple(asked[name])
+    if isinstance(body.strategy, ContrastiveSearch):
+        asked.pop("top_k", None)  # the strategy's number of candidates; it truncates nothing
     asked["logit_bias"] = _token_biases(body.logit_bias or {})
     return SamplingParams(
         **{**defaults, **asked},

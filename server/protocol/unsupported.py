@@ -34,15 +34,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "web_search_options": (),
     "suffix": ("",),
-    # strategies
-    "use_beam_search": (False,),
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "length_penalty": (1.0,),
-    "diversity_penalty": (0.0,),
-    "early_stopping": (False,),
-    "self_consistency": (),
-    "best_of": (1,),
+    "best_of": (1,),  # honoured in completions
     # sampling
     "min_keep": (0,),
     # adapters

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from cadenza.decoding.request import RequestError
+from cadenza.decoding.strategies.spec import BestOf
 from cadenza.server.protocol.chat import ChatRequest
 from cadenza.server.protocol.completion import CompletionRequest
 from cadenza.server.protocol.wire import parse
@@ -109,9 +110,6 @@ REFUSED = {
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "tool_choice": "required",
     "functions": [{"name": "f"}],
-    "use_beam_search": True,
-    "num_beams": 4,
-    "self_consistency": {"n": 4},
     "lora": [{"id": "x", "scale": 1.0}],
     "audio": {"voice": "x", "format": "wav"},
     "modalities": ["text", "audio"],
@@ -123,7 +121,6 @@ REFUSED = {
     "web_search_options": {},
     "documents": [{"text": "x"}],
     "suffix": "end",
-    "length_penalty": 2.0,
 }
 
 
@@ -207,8 +204,10 @@ def test_arguments_that_are_no_object_are_refused() -> None:
     assert caught.value.param == "messages[0].tool_calls[0].function.arguments"
 
 
-def test_best_of_is_n_or_refused() -> None:
-    assert completion(n=2, best_of=2).n == 2
+def test_best_of_is_for_completions() -> None:
+    assert completion(n=2, best_of=3).strategy == BestOf(best_of=3)
+    assert completion(n=2, best_of=2).strategy is None
+    assert chat(best_of=1) == chat()
     with pytest.raises(RequestError) as caught:
-        completion(n=1, best_of=2)
+        chat(best_of=2)
     assert caught.value.param == "best_of"
