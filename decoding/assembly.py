@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from cadenza.decoding import probe
 from cadenza.decoding.bitmask import BitmaskFiller
 from cadenza.decoding.block_pool import BlockPool
-from cadenza.decoding.config import EngineConfig, plan_blocks
+from cadenza.decoding.config import NGRAM, EngineConfig, plan_blocks
 from cadenza.decoding.core import EngineCore
 from cadenza.decoding.kv_cache import KVCache, LayerShape
 from cadenza.decoding.logits import LogitsPipeline
 from cadenza.decoding.runner import ModelRunner
 from cadenza.decoding.scheduler import Scheduler
-from cadenza.models import LoadedModel
+from cadenza.decoding.speculation.base import Drafter
+from cadenza.decoding.speculation.draft_model import DraftModelDrafter
+from cadenza.decoding.speculation.ngram import NgramDrafter
+from cadenza.decoding.speculation.sharing import CPU_FIXED_ROWS, GPU_FIXED_ROWS
+from cadenza.decoding.speculation.speculator import Speculator
+from cadenza.models import LoadedModel, ModelError
 from cadenza.models.packing import can_pack, pack, watch_siblings
 
 log = logging.getLogger(__name__)
@@ -25,24 +30,63 @@ class Assembly:
     max_model_len: int
 
 
-def assemble(model: LoadedModel, config: EngineConfig) -> Assembly:
-    """Takes the model over. Raises ModelError where it, or the configuration, cannot work."""
+def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None = None) -> Assembly:
+    """Takes the models over. Raises ModelError where they, or the configuration, cannot work."""
+    if draft is not None:
+        _check_vocabulary(model, draft)
     shapes = _replace_layers(model, config.block_size)
-    num_blocks = plan_blocks(config, model, shapes)
+    draft_shapes = [] if draft is None else _replace_layers(draft, config.block_size)
+    num_blocks = plan_blocks(config, model, [*shapes, *draft_shapes])
     num_kv_tokens = num_blocks * config.block_size
     cache = KVCache(shapes, num_blocks, config.block_size, model.dtype, model.device)
     pool = BlockPool(num_blocks, config.block_size)
     scheduler = Scheduler(
         pool, config.max_num_seqs, config.tokens_per_step(model.device), config.enable_prefix_caching
     )
+    pipeline = LogitsPipeline(model.tokenizer.vocab_size, config.logprobs_mode)
+    drafter: Drafter | None = NgramDrafter() if config.speculative == NGRAM else None
+    if draft is not None:
+        draft_cache = KVCache(draft_shapes, num_blocks, config.block_size, draft.dtype, draft.device)
+        drafter = DraftModelDrafter(
+            ModelRunner(draft.module, draft_cache, draft.device),
+            draft_cache,
+            pipeline,
+            _vocab_size(model),
+            min(draft.max_model_len, probe.longest_independent_context(draft.config) or draft.max_model_len),
+        )
     core = EngineCore(
         pool,
         scheduler,
         ModelRunner(model.module, cache, model.device),
-        LogitsPipeline(model.tokenizer.vocab_size, config.logprobs_mode),
-        BitmaskFiller(min(model.tokenizer.vocab_size, model.config.vocab_size)),
+        pipeline,
+        BitmaskFiller(_vocab_size(model)),
+        Speculator(
+            scheduler,
+            drafter,
+            config.num_speculative_tokens,
+            CPU_FIXED_ROWS if model.device.type == "cpu" else GPU_FIXED_ROWS,
+        ),
     )
     return Assembly(core, num_kv_tokens, _context_length(model, num_kv_tokens))
+
+
+def _vocab_size(model: LoadedModel) -> int:
+    return min(model.tokenizer.vocab_size, int(model.config.vocab_size))
+
+
+def _check_vocabulary(model: LoadedModel, draft: LoadedModel) -> None:
+    size, (own, other) = _vocab_size(model), (model.tokenizer, draft.tokenizer)
+    is_equal = own is other or all(own.token_bytes(at) == other.token_bytes(at) for at in range(size))
+    if _vocab_size(draft) != size or not is_equal:
+        raise ModelError(
+            f"{draft.name} cannot draft for {model.name}: their vocabularies differ"
+            f" ({_vocab_size(draft)} and {size} tokens)"
+        )
+    if (draft.dtype, draft.device) != (model.dtype, model.device):
+        raise ModelError(
+            f"{draft.name} cannot draft for {model.name}: it is {draft.dtype} on {draft.device},"
+            f" not {model.dtype} on {model.device}"
+        )
 
 
 def _replace_layers(model: LoadedModel, block_size: int) -> list[LayerShape]:

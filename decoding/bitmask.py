@@ -1,20 +1,23 @@
-"""The step's bitmask: one int32 row per constrained branch, filled in place while the forward pass runs.
+"""The step's bitmask: int32 rows for each constrained branch, filled in place while the forward pass runs.
 
 Knows branches and their matchers; no logits, no requests.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cadenza.decoding.branch import Branch
+from cadenza.decoding.constraints.lookahead import fill_ahead
 
 _NUM_THREADS = 2
 _WORD_BITS = 32
+_NO_DRAFTS: Mapping[Branch, Sequence[int]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,9 @@ class StepBitmask:
     words: Tensor | None = None
     """[rows, ceil(V / 32)] int32; None where no branch of the step is constrained."""
     row_of: dict[Branch, int] = field(default_factory=dict)
+    """The row of a branch's next token; those behind its drafts follow."""
+    num_ahead: dict[Branch, int] = field(default_factory=dict)
+    """How many of a branch's drafts its constraint lets pass."""
     errors: dict[Branch, BaseException] = field(default_factory=dict)
     """Branches whose matcher failed. A panic in native code is no `Exception`, but fails no more than its branch."""
 
@@ -31,23 +37,28 @@ class BitmaskFiller:
         self._num_words = -(-vocab_size // _WORD_BITS)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "cadenza-masks")
 
-    def start(self, wanted: Sequence[tuple[Branch, int]]) -> "FillingBitmask | None":
+    def start(
+        self, wanted: Sequence[tuple[Branch, int]], drafts: Mapping[Branch, Sequence[int]] = _NO_DRAFTS
+    ) -> "FillingBitmask | None":
         """wanted: branches that get a token in this step, and how many more tokens each may have."""
         if not wanted:
             return None
-        words = np.zeros((len(wanted), self._num_words), np.int32)
+        own_drafts = [drafts.get(branch, ()) for branch, _ in wanted]
+        first_rows = [0, *accumulate(1 + len(own) for own in own_drafts)]
+        words = np.zeros((first_rows.pop(), self._num_words), np.int32)
         tasks = [
-            self._threads.submit(_fill, branch, row, remaining)
-            for (branch, remaining), row in zip(wanted, words, strict=True)
+            self._threads.submit(_fill, branch, words[first : first + 1 + len(own)], remaining, own)
+            for (branch, remaining), own, first in zip(wanted, own_drafts, first_rows, strict=True)
         ]
-        return FillingBitmask([branch for branch, _ in wanted], words, tasks)
+        return FillingBitmask([branch for branch, _ in wanted], first_rows, words, tasks)
 
 
 @dataclass(frozen=True, slots=True)
 class FillingBitmask:
     branches: list[Branch]
+    first_rows: list[int]
     words: "np.typing.NDArray[np.int32]"
-    tasks: "list[Future[None]]"
+    tasks: "list[Future[int]]"
 
     def result(self) -> StepBitmask:
         """Waits until all rows are filled."""
@@ -56,10 +67,17 @@ class FillingBitmask:
             for branch, task in zip(self.branches, self.tasks, strict=True)
             if (error := task.exception()) is not None
         }
-        row_of = {branch: number for number, branch in enumerate(self.branches)}
-        return StepBitmask(torch.from_numpy(self.words), row_of, errors)
+        num_ahead = {
+            branch: task.result()
+            for branch, task in zip(self.branches, self.tasks, strict=True)
+            if branch not in errors
+        }
+        row_of = dict(zip(self.branches, self.first_rows, strict=True))
+        return StepBitmask(torch.from_numpy(self.words), row_of, num_ahead, errors)
 
 
-def _fill(branch: Branch, row: "np.typing.NDArray[np.int32]", remaining: int) -> None:
+def _fill(branch: Branch, rows: "np.typing.NDArray[np.int32]", remaining: int, drafts: Sequence[int]) -> int:
+    """How many drafts pass: the rows behind the others are empty."""
     assert branch.matcher is not None
-    branch.matcher.fill(row, remaining)
+    fill_ahead(branch.matcher, drafts, remaining, rows)
+    return next((number for number, row in enumerate(rows[1:]) if not row.any()), len(drafts))

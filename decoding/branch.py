@@ -32,6 +32,8 @@ class Branch:
     num_computed: int = 0
     """Leading tokens whose keys and values are in the cache."""
     block_table: list[int] = field(default_factory=list)
+    num_spare_blocks: int = 0
+    """At the table's end, for drafts of the step that is running; no fork gets them."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Of the full blocks of the prompt, as far as they were needed."""
     num_published: int = 0
@@ -96,7 +98,8 @@ class Branch:
             index=index,
             token_ids=self.token_ids.copy(),
             text=self.text.fork(),
-            block_table=self.block_table.copy(),
+            block_table=self.block_table[: len(self.block_table) - self.num_spare_blocks],
+            num_spare_blocks=0,
             block_hashes=self.block_hashes.copy(),
             matcher=None if self.matcher is None else self.matcher.fork(),
             pending=self.pending.copy(),

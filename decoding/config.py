@@ -13,6 +13,7 @@ from cadenza.models.memory import available_bytes
 
 _CPU_SHARE, _CPU_CEILING = 0.4, 4 * 1024**3
 _GPU_SHARE = 0.9
+NGRAM = "ngram"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,11 @@ class EngineConfig:
     max_logprobs: int = 20
     seed: int | None = None
     """Makes requests without a seed of their own reproducible, by order of arrival."""
+    speculative: str | None = None
+    """Who drafts tokens for the model to check several of them in a step: "ngram", what followed the last few tokens
+    before; otherwise a smaller model of the same vocabulary, named as the model is."""
+    num_speculative_tokens: int = 8
+    """At most so many drafts for one branch in a step."""
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -47,6 +53,13 @@ class EngineConfig:
             )
         if self.max_queue < 1:
             raise ModelError(f"max_queue must be at least 1, got {self.max_queue}")
+        if self.num_speculative_tokens < 1:
+            raise ModelError(f"num_speculative_tokens must be at least 1, got {self.num_speculative_tokens}")
+
+    @property
+    def draft_source(self) -> str | None:
+        """The model that drafts, if one does."""
+        return None if self.speculative == NGRAM else self.speculative
 
     def tokens_per_step(self, device: torch.device) -> int:
         if self.max_num_batched_tokens is not None:
@@ -55,7 +68,10 @@ class EngineConfig:
 
 
 def plan_blocks(config: EngineConfig, model: LoadedModel, shapes: Sequence[LayerShape]) -> int:
-    """How many KV cache blocks to make: what the memory allows, but not more than the engine could ever fill."""
+    """How many KV cache blocks to make: what the memory allows, but not more than the engine could ever fill.
+
+    shapes: of all layers that keep something under a block's id, a draft model's too.
+    """
     bytes_per_block = config.block_size * sum(shape.bytes_per_token(model.dtype) for shape in shapes)
     if config.kv_cache_memory_gb is not None:
         budget = int(config.kv_cache_memory_gb * 1024**3)

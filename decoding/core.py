@@ -1,4 +1,4 @@
-"""One step of the engine: schedule → run → choose → advance. Runs on the engine's thread only.
+"""One step of the engine: schedule → draft → run → choose → advance. Runs on the engine's thread only.
 
 Everything that a step touches belongs to it; the rest of the program talks to it through `engine`.
 """
@@ -19,6 +19,7 @@ from cadenza.decoding.logits import Choice, LogitsPipeline, Row, token_logprobs
 from cadenza.decoding.request import RequestError, RequestFailed
 from cadenza.decoding.runner import ModelRunner, StepLogits
 from cadenza.decoding.scheduler import Scheduler, Step
+from cadenza.decoding.speculation.speculator import Speculator
 from cadenza.decoding.strategies.base import Result
 from cadenza.decoding.stream import RequestStream, wake
 
@@ -39,13 +40,16 @@ class EngineCore:
         runner: ModelRunner,
         pipeline: LogitsPipeline,
         masks: BitmaskFiller,
+        speculator: Speculator,
     ) -> None:
         self.pool = pool
         self.scheduler = scheduler
         self.tokens = TokenCounts()
+        self.speculation = speculator.counts
         self._runner = runner
         self._pipeline = pipeline
         self._masks = masks
+        self._speculator = speculator
         self._generations: dict[Branch, Generation] = {}
         self._hidden: dict[Branch, tuple[int, list[Tensor]]] = {}
         """Of branches that a strategy wants them of: position of the first, and [tokens, d] in pieces."""
@@ -82,14 +86,15 @@ class EngineCore:
 
     def _step(self) -> None:
         step = self.scheduler.schedule()
-        filling = self._masks.start(self._constrained(step))
         try:
+            self._speculator.draft(step, self._generations)
+            filling = self._masks.start(self._constrained(step), step.drafts)
             output = self._runner(step, self._wants_prompt_logits(step), self._wants_hidden(step))
             bitmask = StepBitmask() if filling is None else filling.result()
             self.scheduler.complete(step)
             self._score_prompts(step, output)
             self._collect_hidden(step, output)
-            members, rows = self._rows(output, bitmask)
+            members, rows = self._rows(step, output, bitmask)
             choices = self._pipeline(output.logits, rows, bitmask.words) if rows else []
         except Exception as error:  # whatever went wrong, only the requests of this step are lost
             log.exception("a step failed")
@@ -98,6 +103,7 @@ class EngineCore:
                 self.fail(generation, RequestFailed(f"the engine failed on this request: {error}"))
             return
         self._advance(self._results(members, rows, choices, output.logits, bitmask.words))
+        self._speculator.settle()
 
     def _constrained(self, step: Step) -> list[tuple[Branch, int]]:
         """The constrained branches that get a token, and how many each may still have."""
@@ -144,8 +150,9 @@ class EngineCore:
                 tokens = torch.tensor(targets, device=logits.device)
                 generation.prompt_logprobs += token_logprobs(logits, tokens, wanted)
 
-    def _rows(self, output: StepLogits, bitmask: StepBitmask) -> tuple[list[Branch], list[Row]]:
-        """Who needs a token. A request whose prompt is done begins here: its forks share one row of logits."""
+    def _rows(self, step: Step, output: StepLogits, bitmask: StepBitmask) -> tuple[list[Branch], list[Row]]:
+        """Who needs a token, and who may need the next ones too. A request whose prompt is done begins here: its
+        forks share one row of logits."""
         for branch, error in bitmask.errors.items():
             if branch in self._generations:  # another branch of the request may have failed before
                 self.fail(self._generations[branch], matcher_failed(error))
@@ -165,6 +172,11 @@ class EngineCore:
             for member in ready:
                 members.append(member)
                 rows.append(generation.row(member, logits_row, bitmask.row_of.get(branch)))
+            drafts = step.drafts.get(branch, [])
+            for ahead in range(1, 1 + bitmask.num_ahead.get(branch, len(drafts))):
+                mask = None if branch not in bitmask.row_of else bitmask.row_of[branch] + ahead
+                members.append(branch)
+                rows.append(generation.row(branch, logits_row + ahead, mask, drafts[:ahead]))
         return members, rows
 
     def _begin(self, generation: Generation, stem: Branch) -> list[Branch]:
@@ -183,6 +195,7 @@ class EngineCore:
         logits: Tensor,
         words: Tensor | None,
     ) -> dict[Generation, list[Result]]:
+        """What the rows say of the branches as they are; what they say behind drafts is kept until those are tokens."""
         results: dict[Generation, list[Result]] = {}
         for branch, row, choice in zip(members, rows, choices, strict=True):
             first, hidden = self._hidden.pop(branch, (0, []))
@@ -193,14 +206,19 @@ class EngineCore:
                 torch.cat(hidden) if hidden else None,
                 first,
             )
-            results.setdefault(self._generations[branch], []).append(result)
+            if len(row.generated) == branch.num_generated:
+                results.setdefault(self._generations[branch], []).append(result)
+            else:
+                self._speculator.keep(result)
         return results
 
     def _advance(self, results: dict[Generation, list[Result]]) -> None:
         for generation, own in results.items():
             num_before = generation.num_generated
             try:
-                generation.advance(own)
+                while own:
+                    generation.advance(own)
+                    own = self._speculator.following(own)
             except (RequestError, RequestFailed) as error:
                 self.fail(generation, error)
                 continue
@@ -232,4 +250,5 @@ class EngineCore:
     def _drop(self, branch: Branch) -> None:
         del self._generations[branch]
         self._hidden.pop(branch, None)
+        self._speculator.forget(branch)
         self.scheduler.remove(branch)

@@ -51,6 +51,10 @@ class EngineStats:
     prompt_tokens_total: int
     generation_tokens_total: int
     num_preemptions: int
+    spec_decode_num_drafts: int
+    """Times that tokens were drafted for a branch."""
+    spec_decode_num_draft_tokens: int
+    spec_decode_num_accepted_tokens: int
 
 
 class Engine:
@@ -59,8 +63,15 @@ class Engine:
     Takes the model over: its attention and, on a CPU, its linear layers are replaced in place.
     """
 
-    def __init__(self, model: LoadedModel, config: EngineConfig = EngineConfig()) -> None:
+    def __init__(
+        self, model: LoadedModel, config: EngineConfig = EngineConfig(), draft: LoadedModel | None = None
+    ) -> None:
+        """draft: what `config.speculative` names, if it is loaded already."""
+        if draft is None and config.draft_source is not None:
+            dtype: Any = str(model.dtype).removeprefix("torch.")
+            draft = load_model(config.draft_source, LoadConfig(dtype=dtype, device=str(model.device)))
         self.model = model
+        self._draft = draft
         self.config = config
         self._changed = threading.Condition()
         self._inbox: list[Generation] = []
@@ -207,6 +218,9 @@ class Engine:
             prompt_tokens_total=core.tokens.prompt,
             generation_tokens_total=core.tokens.generated,
             num_preemptions=core.scheduler.num_preemptions,
+            spec_decode_num_drafts=core.speculation.num_drafts,
+            spec_decode_num_draft_tokens=core.speculation.num_draft_tokens,
+            spec_decode_num_accepted_tokens=core.speculation.num_accepted_tokens,
         )
 
     def _num_waiting(self) -> int:
@@ -239,7 +253,7 @@ class Engine:
         """All of torch's work is done on this one thread: a second one that computes would get worker threads of its
         own from OpenMP, which then waits for work in a slower way (a fifth of the time of a token on two cores)."""
         try:
-            assembly = assemble(self.model, self.config)
+            assembly = assemble(self.model, self.config, self._draft)
         except BaseException as error:
             assembled.set_exception(error)
             return

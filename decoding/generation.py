@@ -102,16 +102,20 @@ class Generation:
             self.tell(Delta(index, "", finish_reason="length", closed_early=_closed_early(stem)))
         return []
 
-    def row(self, branch: Branch, logits_row: int, mask: int | None = None) -> Row:
+    def row(
+        self, branch: Branch, logits_row: int, mask: int | None = None, drafts: Sequence[int] = ()
+    ) -> Row:
+        """The row behind the branch's tokens and `drafts`, which may come to follow them."""
         params, needs = self.request.sampling, self.strategy.needs
+        generated = [*branch.generated, *drafts]
         return Row(
             logits_row=logits_row,
             sampling=params,
             seed=self.seed,
             branch=branch.index,
             prompt=branch.token_ids[: branch.num_prompt_tokens] if self._counts_prompt else (),
-            generated=branch.generated,
-            banned=self._banned(branch),
+            generated=generated,
+            banned=self._banned(generated),
             num_logprobs=0 if params.logprobs is None and needs.scores else params.logprobs,
             mask=mask,
             candidates=needs.candidates,
@@ -124,12 +128,11 @@ class Generation:
     def _counts_prompt(self) -> bool:
         return self.request.sampling.repetition_penalty != 1.0 or self.dry is not None
 
-    def _banned(self, branch: Branch) -> list[int]:
+    def _banned(self, generated: list[int]) -> list[int]:
         params = self.request.sampling
         banned: list[int] = []
-        if branch.num_generated < params.min_tokens:
+        if len(generated) < params.min_tokens:
             banned += [*self.eos_token_ids, *params.stop_token_ids]
-        generated = branch.generated if self.bad_words else []
         for word in self.bad_words:
             *head, last = word
             if not head or generated[-len(head) :] == head:

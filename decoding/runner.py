@@ -26,7 +26,8 @@ class StepLogits:
     logits: Tensor
     """[rows, V] float32."""
     last_row: dict[Branch, int]
-    """Where the logits that choose a branch's next token are, for branches whose last token was computed."""
+    """Where the logits that choose a branch's next token are, for branches whose last token was computed. The rows
+    of its drafts follow."""
     prompt_rows: dict[Branch, tuple[int, int]]
     """First row and number of rows of a branch's prompt tokens in this step, where all were asked for."""
     hidden: dict[Branch, Tensor]
@@ -70,8 +71,8 @@ class ModelRunner:
     ) -> StepLogits:
         """Compute every span of the step; `step.spans` must not be empty."""
         self._cache.copy_blocks(step.copies)
-        rows = pack(step.spans, self._cache.block_size, self._device)
-        wanted, last_row, prompt_rows = _wanted_rows(step.spans, rows, set(wants_prompt_logits))
+        rows = pack(step, self._cache.block_size, self._device)
+        wanted, last_row, prompt_rows = _wanted_rows(step, rows, set(wants_prompt_logits))
         self._keeps_hidden = bool(wants_hidden)
         logits = self._forward(rows, wanted)
         hidden, self._hidden = self._hidden, None
@@ -101,13 +102,13 @@ class ModelRunner:
         return logits[: len(wanted)].float()
 
 
-def pack(spans: Sequence[Span], block_size: int, device: torch.device) -> Rows:
-    """Decode rows first, grouped by bucket, then prompt chunks."""
+def pack(step: Step, block_size: int, device: torch.device) -> Rows:
+    """Decode rows first, grouped by bucket, then prompt chunks. Drafts are decode rows, as what they may become."""
     rows = Rows([], [], [], [], [], {})
     decode_rows = [
         (branch, position)
-        for branch, start, end in ((span.branch, span.start, span.end) for span in spans)
-        for position in range(max(start, branch.num_prompt_tokens), end)
+        for branch, start, end in ((span.branch, span.start, span.end) for span in step.spans)
+        for position in range(max(start, branch.num_prompt_tokens), end + len(step.drafts.get(branch, ())))
     ]
     decode_rows.sort(key=lambda row: bucket_length(row[1] + 1))
     for bucket, members in groupby(decode_rows, key=lambda row: bucket_length(row[1] + 1)):
@@ -115,7 +116,9 @@ def pack(spans: Sequence[Span], block_size: int, device: torch.device) -> Rows:
         for start in range(0, len(same_bucket), attention.MAX_GROUP_ROWS):
             part = same_bucket[start : start + attention.MAX_GROUP_ROWS]
             _add_group(rows, part, bucket // block_size, block_size, device)
-    for span in spans:
+            for branch, position in part:
+                _add_row(rows, branch, position, block_size, step.drafts.get(branch, ()))
+    for span in step.spans:
         if span.start < span.branch.num_prompt_tokens:
             _add_chunk(rows, span, block_size, device)
     return rows
@@ -135,8 +138,6 @@ def _add_group(
             torch.tensor(positions, device=device),
         )
     )
-    for branch, position in members:
-        _add_row(rows, branch, position, block_size)
 
 
 def _add_chunk(rows: Rows, span: Span, block_size: int, device: torch.device) -> None:
@@ -149,9 +150,10 @@ def _add_chunk(rows: Rows, span: Span, block_size: int, device: torch.device) ->
         _add_row(rows, branch, position, block_size)
 
 
-def _add_row(rows: Rows, branch: Branch, position: int, block_size: int) -> None:
+def _add_row(rows: Rows, branch: Branch, position: int, block_size: int, drafts: Sequence[int] = ()) -> None:
     rows.row_of[branch, position] = len(rows.token_ids)
-    rows.token_ids.append(branch.token_ids[position])
+    ahead = position - branch.num_tokens
+    rows.token_ids.append(branch.token_ids[position] if ahead < 0 else drafts[ahead])
     rows.positions.append(position)
     rows.slots.append(branch.block_table[position // block_size] * block_size + position % block_size)
 
@@ -168,13 +170,13 @@ def _hidden_of(spans: Sequence[Span], rows: Rows, hidden: Tensor) -> dict[Branch
 
 
 def _wanted_rows(
-    spans: Sequence[Span], rows: Rows, wants_prompt: set[Branch]
+    step: Step, rows: Rows, wants_prompt: set[Branch]
 ) -> tuple[list[int], dict[Branch, int], dict[Branch, tuple[int, int]]]:
     """The packed rows whose logits are read, and where each branch finds its own among them."""
     wanted: list[int] = []
     last_row: dict[Branch, int] = {}
     prompt_rows: dict[Branch, tuple[int, int]] = {}
-    for span in spans:
+    for span in step.spans:
         branch = span.branch
         if branch in wants_prompt and span.start < branch.num_prompt_tokens:
             first = rows.row_of[branch, span.start]
@@ -182,10 +184,10 @@ def _wanted_rows(
             prompt_rows[branch] = (len(wanted), count)
             wanted += range(first, first + count)
         if span.reaches_end:
-            row = rows.row_of[branch, span.end - 1]
+            end = span.end + len(step.drafts.get(branch, ()))
             if branch in prompt_rows and branch.num_generated == 0:
                 last_row[branch] = len(wanted) - 1
             else:
                 last_row[branch] = len(wanted)
-                wanted.append(row)
+                wanted += (rows.row_of[branch, position] for position in range(span.end - 1, end))
     return wanted, last_row, prompt_rows

@@ -12,6 +12,7 @@ Knows branches and block ids; no tensors, no tokens' meaning.
 """
 
 import bisect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cadenza.decoding.attention import TILE
@@ -38,6 +39,12 @@ class Step:
     spans: list[Span] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     """(source, destination) blocks to copy before the forward pass: shared ones about to be written."""
+    drafts: dict[Branch, list[int]] = field(default_factory=dict)
+    """Guesses of what comes after a branch's last token, to be computed behind it."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(span.end - span.start for span in self.spans)
 
 
 def _order(branch: Branch) -> tuple[int, int, int]:
@@ -122,6 +129,38 @@ class Scheduler:
             span.branch.num_computed = span.end
             if self._enable_prefix_caching:
                 self._publish(span.branch)
+
+    def make_room_for_drafts(self, step: Step, wanted: Mapping[Branch, int]) -> dict[Branch, int]:
+        """How many of the drafts wanted behind a branch's last token fit: what is scheduled has taken its own before,
+        and nobody loses a block. Each branch of the result must be settled when the step is over."""
+        budget = self._max_num_batched_tokens - step.num_rows
+        room: dict[Branch, int] = {}
+        for branch, count in wanted.items():
+            num_free = self._spare(branch, branch.num_tokens + min(count, budget)) - branch.num_tokens
+            if granted := min(count, budget, num_free):
+                room[branch] = granted
+                budget -= granted
+        return room
+
+    def settle(self, branch: Branch, num_accepted: int) -> None:
+        """So many of a branch's drafts have become its tokens. Blocks that only the others needed go back."""
+        if branch not in self.running:
+            return
+        if num_accepted:
+            branch.num_computed = min(branch.num_computed + num_accepted, branch.num_tokens - 1)
+        num_needed = -(-branch.num_tokens // self._pool.block_size)
+        num_kept = max(num_needed, len(branch.block_table) - branch.num_spare_blocks)
+        self._pool.release(branch.block_table[num_kept:])
+        del branch.block_table[num_kept:]
+        branch.num_spare_blocks = 0
+
+    def _spare(self, branch: Branch, end: int) -> int:
+        """Add blocks for tokens up to `end` if they are to be had; returns how many tokens the table then holds."""
+        block_size = self._pool.block_size
+        fresh = self._pool.allocate(max(0, -(-end // block_size) - len(branch.block_table))) or []
+        branch.block_table += fresh
+        branch.num_spare_blocks = len(fresh)
+        return len(branch.block_table) * block_size
 
     def _schedule_chunk(self, branch: Branch, budget: int, step: Step) -> int:
         """Schedule as much of the uncomputed tokens as the budget allows; returns how many.
@@ -224,7 +263,7 @@ class Scheduler:
     def _release(self, branch: Branch) -> None:
         self._pool.release(branch.block_table)
         branch.block_table = []
-        branch.num_computed = branch.num_published = 0
+        branch.num_computed = branch.num_published = branch.num_spare_blocks = 0
 
     def _publish(self, branch: Branch) -> None:
         """Offer computed full blocks of the prompt to other requests.

@@ -28,6 +28,12 @@ _COUNTERS = {
     "prompt_tokens": ("Prompt tokens processed.", "prompt_tokens_total"),
     "generation_tokens": ("Tokens generated.", "generation_tokens_total"),
     "num_preemptions": ("Requests put back because the KV cache was full.", "num_preemptions"),
+    "spec_decode_num_drafts": ("Times that tokens were drafted.", "spec_decode_num_drafts"),
+    "spec_decode_num_draft_tokens": ("Tokens drafted.", "spec_decode_num_draft_tokens"),
+    "spec_decode_num_accepted_tokens": (
+        "Drafted tokens that the model confirmed.",
+        "spec_decode_num_accepted_tokens",
+    ),
 }
 _FIRST_TOKEN_BUCKETS = (
     0.005,

@@ -60,6 +60,12 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         help="log-probabilities before or after penalties, temperature and truncation",
     )
     add("--seed", type=int, help="makes requests without a seed repeatable")
+    add(
+        "--speculative",
+        metavar="ngram|MODEL",
+        help="who drafts tokens for the model to check several at once: earlier text, or a smaller model",
+    )
+    add("--num-speculative-tokens", type=int, help="most drafts per sequence and step")
 
 
 def _given(args: argparse.Namespace, config: type) -> dict[str, Any]:

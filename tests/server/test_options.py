@@ -32,6 +32,8 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "logprobs_mode": (["--logprobs-mode", "processed_logprobs"], "processed_logprobs"),
     "max_logprobs": (["--max-logprobs", "5"], 5),
     "seed": (["--seed", "1"], 1),
+    "speculative": (["--speculative", "ngram"], "ngram"),
+    "num_speculative_tokens": (["--num-speculative-tokens", "3"], 3),
 }
 
 
