@@ -3,8 +3,10 @@
 from cadenza.decoding.config import EngineConfig
 from cadenza.decoding.request import GenerationRequest, RequestError
 from cadenza.decoding.strategies.base import Strategy
+from cadenza.decoding.strategies.beam import BeamBranches, check_beam_search
 from cadenza.decoding.strategies.independent import IndependentBranches
 from cadenza.decoding.strategies.self_consistency import VotingBranches
+from cadenza.decoding.strategies.spec import BeamSearch
 from cadenza.decoding.voting.spec import SelfConsistency
 
 
@@ -13,6 +15,9 @@ def strategy_of(request: GenerationRequest, config: EngineConfig) -> Strategy:
     match request.strategy:
         case None:
             return IndependentBranches(request.sampling.n)
+        case BeamSearch() as spec:
+            check_beam_search(spec, request.sampling, config.max_num_seqs)
+            return BeamBranches(spec, request.sampling.n)
         case SelfConsistency() as spec:
             return _vote(spec, request)
         case other:
