@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from cadenza.decoding.request import Delta, Event, PromptDone
+from cadenza.server.answers.logprobs import finite
 from cadenza.server.answers.usage import Usage
 
 Chunk = dict[str, Any]
@@ -84,7 +85,15 @@ class Answer(ABC):
 def ending(event: Delta) -> dict[str, Any]:
     """How a choice ended, in its last chunk."""
     members: dict[str, Any] = {"finish_reason": event.finish_reason, "stop_reason": event.stop_reason}
-    return members if event.closed_early is None else {**members, "closed_early": event.closed_early}
+    if event.closed_early is not None:
+        members["closed_early"] = event.closed_early
+    if event.score is not None:
+        members["score"] = finite(event.score)
+    return members
+
+
+ENDINGS = ("stop_reason", "closed_early", "score")
+"""What `ending` may say beside the finish reason."""
 
 
 def append_to(choice: dict[str, Any], name: str, news: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 
 from cadenza.decoding.request import Delta, PromptDone
 from cadenza.models.tokenizer import Tokenizer
-from cadenza.server.answers.answer import Answer, Chunk, append_to, ending
+from cadenza.server.answers.answer import ENDINGS, Answer, Chunk, append_to, ending
+from cadenza.server.answers.explanation import explanation
 from cadenza.server.answers.logprobs import chat_logprobs, prompt_logprobs
 from cadenza.server.protocol.chat import ChatRequest
 
@@ -28,9 +29,10 @@ class ChatAnswer(Answer):
         self._body = body
         self._tokenizer = tokenizer
         self._prompt_token_ids = prompt_token_ids
+        self._opened: set[int] = set()
 
     def _begin(self, prompt_index: int, event: PromptDone) -> Iterator[Chunk]:
-        """The role, once per choice; the first chunk also brings what was asked of the prompt."""
+        """The first chunk also brings what was asked of the prompt."""
         members: dict[str, Any] = {}
         if self._body.return_token_ids:
             members["prompt_token_ids"] = list(self._prompt_token_ids)
@@ -38,19 +40,27 @@ class ChatAnswer(Answer):
             members["prompt_logprobs"] = prompt_logprobs(
                 self._tokenizer, event.logprobs or (), self._body.prompt_logprobs
             )
-        content = self._body.messages[-1].content if self._body.echo else ""
-        for index in range(self._body.n):
-            delta = {"role": "assistant", "content": content}
-            yield self._chunk(_choice(index, delta), **(members if index == 0 else {}))
+        for index in range(1 if self._body.ends_together else self._body.n):
+            yield from self._open(index, **(members if index == 0 else {}))
+
+    def _open(self, index: int, **members: Any) -> Iterator[Chunk]:
+        """The role, once per choice."""
+        if index not in self._opened:
+            self._opened.add(index)
+            content = self._body.messages[-1].content if self._body.echo else ""
+            yield self._chunk(_choice(index, {"role": "assistant", "content": content}), **members)
 
     def _advance(self, prompt_index: int, event: Delta) -> Iterator[Chunk]:
+        yield from self._open(event.index)
         news: dict[str, Any] = {}
         if self._body.return_token_ids:
             news["token_ids"] = list(event.token_ids)
         if self._body.num_alternatives is not None and event.logprobs:
             content = chat_logprobs(self._tokenizer, event.logprobs, self._body.num_alternatives)
             news["logprobs"] = {"content": content, "refusal": None}
-        if event.text or news.get("token_ids") or "logprobs" in news:
+        if event.explanations:
+            news["explanation"] = explanation(self._tokenizer, event.explanations)
+        if event.text or (event.token_ids and news):
             yield self._chunk(_choice(event.index, {"content": event.text}, **news))
         if event.finish_reason is not None:
             yield self._chunk(_choice(event.index, {}, **ending(event)))
@@ -63,8 +73,11 @@ class ChatAnswer(Answer):
         if news["logprobs"]:
             choice["logprobs"]["content"] += news["logprobs"]["content"]
         append_to(choice, "token_ids", news)
+        if self._body.explain:
+            choice.setdefault("explanation", [])
+            append_to(choice, "explanation", news)
         choice["finish_reason"] = news["finish_reason"]
-        for name in ("stop_reason", "closed_early"):
+        for name in ENDINGS:
             if name in news:
                 choice[name] = news[name]
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from cadenza.decoding.request import Delta, PromptDone
 from cadenza.models.tokenizer import Tokenizer
-from cadenza.server.answers.answer import Answer, Chunk, append_to, ending
+from cadenza.server.answers.answer import ENDINGS, Answer, Chunk, append_to, ending
+from cadenza.server.answers.explanation import explanation
 from cadenza.server.answers.logprobs import CompletionLogprobs, prompt_logprobs
 from cadenza.server.prompts import Prompt
 from cadenza.server.protocol.completion import CompletionRequest
@@ -30,38 +31,48 @@ class CompletionAnswer(Answer):
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._logprobs: dict[int, CompletionLogprobs] = {}
+        self._prompts_done: dict[int, PromptDone] = {}
+        self._opened: set[int] = set()
 
     def _index(self, prompt_index: int, choice_index: int) -> int:
         return prompt_index * self._body.n + choice_index
 
     def _begin(self, prompt_index: int, event: PromptDone) -> Iterator[Chunk]:
-        """The echo, and what was asked of the prompt; nothing where nothing was."""
-        prompt = self._prompts[prompt_index]
-        for choice_index in range(self._body.n):
-            index = self._index(prompt_index, choice_index)
-            news: dict[str, Any] = {}
-            if self._body.return_token_ids:
-                news["prompt_token_ids"] = list(prompt.token_ids)
-            if self._body.prompt_logprobs is not None:
-                news["prompt_logprobs"] = prompt_logprobs(
-                    self._tokenizer, event.logprobs or (), self._body.prompt_logprobs
-                )
-            if self._body.echo and self._body.logprobs is not None:
-                writer = self._writer(index, self._body.logprobs)
-                news["logprobs"] = writer.prompt(prompt.token_ids, event.logprobs or (), prompt.text)
-            if self._body.echo or news:
-                yield self._chunk(_choice(index, prompt.text if self._body.echo else "", **news))
+        self._prompts_done[prompt_index] = event
+        for choice_index in range(1 if self._body.ends_together else self._body.n):
+            yield from self._open(prompt_index, choice_index)
+
+    def _open(self, prompt_index: int, choice_index: int) -> Iterator[Chunk]:
+        """The echo, and what was asked of the prompt, once per choice; nothing where nothing was."""
+        index = self._index(prompt_index, choice_index)
+        if index in self._opened:
+            return
+        self._opened.add(index)
+        prompt, logprobs = self._prompts[prompt_index], self._prompts_done[prompt_index].logprobs or ()
+        news: dict[str, Any] = {}
+        if self._body.return_token_ids:
+            news["prompt_token_ids"] = list(prompt.token_ids)
+        if self._body.prompt_logprobs is not None:
+            news["prompt_logprobs"] = prompt_logprobs(self._tokenizer, logprobs, self._body.prompt_logprobs)
+        if self._body.echo and self._body.logprobs is not None:
+            writer = self._writer(index, self._body.logprobs)
+            news["logprobs"] = writer.prompt(prompt.token_ids, logprobs, prompt.text)
+        if self._body.echo or news:
+            yield self._chunk(_choice(index, prompt.text if self._body.echo else "", **news))
 
     def _advance(self, prompt_index: int, event: Delta) -> Iterator[Chunk]:
+        yield from self._open(prompt_index, event.index)
         index = self._index(prompt_index, event.index)
         news: dict[str, Any] = {}
         if self._body.return_token_ids:
             news["token_ids"] = list(event.token_ids)
         if self._body.logprobs is not None and event.logprobs:
             news["logprobs"] = self._writer(index, self._body.logprobs).completion(event.logprobs)
+        if event.explanations:
+            news["explanation"] = explanation(self._tokenizer, event.explanations)
         if event.finish_reason is not None:
             news.update(ending(event))
-        if event.text or event.finish_reason is not None or news.get("token_ids") or "logprobs" in news:
+        if event.text or event.finish_reason is not None or (event.token_ids and news):
             yield self._chunk(_choice(index, event.text, **news))
 
     def _writer(self, index: int, num_alternatives: int) -> CompletionLogprobs:
@@ -80,8 +91,11 @@ class CompletionAnswer(Answer):
         for name, values in (news["logprobs"] or {}).items():
             choice["logprobs"][name] += values
         append_to(choice, "token_ids", news)
+        if self._body.explain:
+            choice.setdefault("explanation", [])
+            append_to(choice, "explanation", news)
         choice["finish_reason"] = news["finish_reason"]
-        for name in ("stop_reason", "closed_early", "prompt_token_ids", "prompt_logprobs"):
+        for name in (*ENDINGS, "prompt_token_ids", "prompt_logprobs"):
             if name in news:
                 choice[name] = news[name]
 
