@@ -19,12 +19,18 @@ if TYPE_CHECKING:
         RequestError,
         RequestFailed,
         SamplingParams,
+        TokenExplanation,
         TokenLogprob,
     )
+    from cadenza.decoding.strategies.spec import BeamSearch, BestOf, ContrastiveSearch
     from cadenza.decoding.stream import RequestStream
+    from cadenza.decoding.voting.spec import SelfConsistency
 
 _HOMES = {
+    "BeamSearch": "strategies.spec",
+    "BestOf": "strategies.spec",
     "Completion": "completion",
+    "ContrastiveSearch": "strategies.spec",
     "Delta": "request",
     "Engine": "engine",
     "EngineClosed": "request",
@@ -37,11 +43,16 @@ _HOMES = {
     "RequestFailed": "request",
     "RequestStream": "stream",
     "SamplingParams": "request",
+    "SelfConsistency": "voting.spec",
+    "TokenExplanation": "request",
     "TokenLogprob": "request",
 }
 
 __all__ = [
+    "BeamSearch",
+    "BestOf",
     "Completion",
+    "ContrastiveSearch",
     "Delta",
     "Engine",
     "EngineClosed",
@@ -54,6 +65,8 @@ __all__ = [
     "RequestFailed",
     "RequestStream",
     "SamplingParams",
+    "SelfConsistency",
+    "TokenExplanation",
     "TokenLogprob",
 ]
 

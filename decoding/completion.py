@@ -4,7 +4,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cadenza.decoding.request import Delta, Event, FinishReason, PromptDone, TokenLogprob
+from cadenza.decoding.request import (
+    Delta,
+    Event,
+    FinishReason,
+    PromptDone,
+    TokenExplanation,
+    TokenLogprob,
+    Unsent,
+    VoteProgress,
+)
 from cadenza.models import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -22,12 +31,21 @@ class CompletionChoice:
     """Tokens that a constraint left no alternative to."""
     closed_early: bool | None = None
     """Under a constraint: whether the budget of tokens decided how the text ends."""
+    explanations: list[TokenExplanation] = field(default_factory=list)
+    """One per token, where they were asked for."""
+    score: float | None = None
+    """What the strategy ranked the choice by, if it ranks."""
 
 
 @dataclass(slots=True)
 class Completion:
     choices: list[CompletionChoice]
+    """Fewer than were asked for where a search has found no more."""
     prompt: PromptDone | None = None
+    vote: VoteProgress | None = None
+    """The outcome of self-consistency."""
+    num_unsent_tokens: int = 0
+    """Generated for answers that are not among the choices."""
 
     @property
     def text(self) -> str:
@@ -36,13 +54,22 @@ class Completion:
 
 
 def collect(events: Iterable[Event], n: int) -> Completion:
-    """Fold a request's events. Raises what iterating them raises."""
-    completion = Completion([CompletionChoice() for _ in range(n)])
+    """Fold a request's events, which bring up to `n` choices. Raises what iterating them raises."""
+    choices = [CompletionChoice() for _ in range(n)]
+    came: set[int] = set()
+    completion = Completion(choices)
     for event in events:
-        if isinstance(event, PromptDone):
-            completion.prompt = event
-        elif isinstance(event, Delta):
-            _add(completion.choices[event.index], event)
+        match event:
+            case PromptDone():
+                completion.prompt = event
+            case Delta():
+                came.add(event.index)
+                _add(choices[event.index], event)
+            case VoteProgress():
+                completion.vote = event
+            case Unsent():
+                completion.num_unsent_tokens += event.num_tokens
+    completion.choices = [choice for index, choice in enumerate(choices) if index in came] or choices[:1]
     return completion
 
 
@@ -54,6 +81,8 @@ def _add(choice: CompletionChoice, delta: Delta) -> None:
     choice.stop_reason = delta.stop_reason
     choice.num_forced_tokens += delta.num_forced_tokens
     choice.closed_early = delta.closed_early
+    choice.explanations += delta.explanations or ()
+    choice.score = delta.score
 
 
 def prompt_token_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:

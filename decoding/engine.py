@@ -31,6 +31,7 @@ from cadenza.decoding.request import (
     QueueFull,
     SamplingParams,
 )
+from cadenza.decoding.strategies.spec import StrategySpec, is_search, search_defaults
 from cadenza.decoding.stream import RequestStream
 from cadenza.models import LoadConfig, LoadedModel, Tokenizer, load_model
 
@@ -149,26 +150,46 @@ class Engine:
                 self._aborted.append(generation)
                 self._changed.notify_all()
 
-    def generate(self, prompt: Prompt, *, constraint: Any = None, **sampling: Any) -> Completion:
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        constraint: Any = None,
+        strategy: StrategySpec | None = None,
+        explain: bool = False,
+        **sampling: Any,
+    ) -> Completion:
         """The whole answer. prompt: text, token ids, or chat messages; sampling: fields of SamplingParams.
 
         constraint: what the answer must be: a ConstraintSpec, one of outlines' types, a pydantic model, a Python
         type, or a JSON schema as a dict. Raises ConstraintError where that cannot be enforced.
+        strategy: BeamSearch, ContrastiveSearch, BestOf or SelfConsistency. explain: say of every token why it came.
         """
-        return self.generate_batch([prompt], constraint=constraint, **sampling)[0]
+        return self.generate_batch(
+            [prompt], constraint=constraint, strategy=strategy, explain=explain, **sampling
+        )[0]
 
     def generate_batch(
-        self, prompts: Sequence[Prompt], *, constraint: Any = None, **sampling: Any
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        constraint: Any = None,
+        strategy: StrategySpec | None = None,
+        explain: bool = False,
+        **sampling: Any,
     ) -> list[Completion]:
         """The answers to several prompts, computed together."""
-        params, compiled = self._params(sampling), self._constraint(constraint)
-        streams = [self.submit(self._request(prompt, params, compiled)) for prompt in prompts]
-        return [collect(stream, params.n) for stream in streams]
+        shared = self._shared(sampling, constraint, strategy, explain=explain)
+        streams = [self.submit(self._request(prompt, shared)) for prompt in prompts]
+        return [collect(stream, shared["sampling"].n) for stream in streams]
 
-    def stream(self, prompt: Prompt, *, constraint: Any = None, **sampling: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, *, constraint: Any = None, strategy: StrategySpec | None = None, **sampling: Any
+    ) -> Iterator[str]:
         """The text of the answer, piece by piece. Leaving the loop early stops the request."""
-        params = self._params({**sampling, "n": 1})
-        stream = self.submit(self._request(prompt, params, self._constraint(constraint)))
+        stream = self.submit(
+            self._request(prompt, self._shared({**sampling, "n": 1}, constraint, strategy, explain=False))
+        )
         try:
             for event in stream:
                 if isinstance(event, Delta) and event.text:
@@ -176,8 +197,19 @@ class Engine:
         finally:
             stream.abort()
 
-    def _params(self, fields: dict[str, Any]) -> SamplingParams:
-        return SamplingParams(**{**self.model.sampling_defaults, **fields})
+    def _shared(
+        self, sampling: dict[str, Any], constraint: Any, strategy: StrategySpec | None, *, explain: bool
+    ) -> dict[str, Any]:
+        """The fields that the requests of one call have in common."""
+        defaults = self.model.sampling_defaults
+        if is_search(strategy):
+            defaults = search_defaults(defaults)
+        return {
+            "sampling": SamplingParams(**{**defaults, **sampling}),
+            "constraint": self._constraint(constraint),
+            "strategy": strategy,
+            "explain": explain,
+        }
 
     def _constraint(self, constraint: Any) -> Constraint | None:
         if constraint is None:
@@ -193,14 +225,11 @@ class Engine:
         )
         return plain, plain if with_added.fingerprint == plain.fingerprint else with_added
 
-    def _request(
-        self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None
-    ) -> GenerationRequest:
+    def _request(self, prompt: Prompt, shared: dict[str, Any]) -> GenerationRequest:
         return GenerationRequest(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=prompt_token_ids(self.tokenizer, prompt),
-            sampling=params,
-            constraint=constraint,
+            **shared,
         )
 
     # state

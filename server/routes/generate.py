@@ -107,8 +107,6 @@ async def _submit(
                 constraint=constraint,
                 strategy=body.strategy,
                 explain=body.explain,
-                strategy=body.strategy,
-                explain=body.explain,
                 cache_salt=body.cache_salt,
                 priority=body.priority,
             )
