@@ -6,9 +6,9 @@
     mirostat      Basu et al. 2021, "Mirostat: a neural text decoding algorithm"; 1 and 2 as llama.cpp has them
     dynatemp      llama.cpp's temperature that follows the entropy; no truncation, but of the same kind
 
-Every function takes and returns the rows it is to change, [r, K] float32 with -inf where a token is cut off, and
-leaves at least one token. A row's result does not depend on the rows beside it, not in the last bit: hence
-`row_sums` and the scalar arithmetic. Knows numbers only: when to apply what is `sampling`'s.
+Rows are [r, K] float32 with -inf where a token is cut off, and at least one token is left in each. A row's result
+does not depend on the rows beside it, not in the last bit: hence `row_sums` and the scalar arithmetic. Knows numbers
+only: when to apply what is `sampling`'s.
 """
 
 import math
@@ -22,9 +22,7 @@ from cadenza.kernels.noise import uniform
 
 _PIECE = 512
 _SMALLEST = torch.finfo(torch.float32).tiny
-_NUM_ESTIMATED = (
-    100  # tokens whose probabilities tell mirostat 1 the exponent of Zipf's law: llama.cpp's constant
-)
+_NUM_ESTIMATED = 100  # most likely tokens that tell mirostat 1 the exponent of Zipf's law, as in llama.cpp
 _HIGHEST_XTC_THRESHOLD = 0.5  # two tokens cannot both have more
 
 
