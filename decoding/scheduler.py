@@ -131,8 +131,8 @@ class Scheduler:
                 self._publish(span.branch)
 
     def make_room_for_drafts(self, step: Step, wanted: Mapping[Branch, int]) -> dict[Branch, int]:
-        """How many of the drafts wanted behind a branch's last token fit: what is scheduled has taken its own before,
-        and nobody loses a block. Each branch of the result must be settled when the step is over."""
+        """How many of the drafts wanted behind the last tokens of branches in the step fit: what is scheduled has
+        taken its own before, and nobody loses a block. Each of the result must be settled when the step is over."""
         budget = self._max_num_batched_tokens - step.num_rows
         room: dict[Branch, int] = {}
         for branch, count in wanted.items():

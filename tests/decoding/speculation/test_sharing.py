@@ -1,0 +1,44 @@
+"""Rows for drafts: the shares are those of the best number of tokens per time that any shares bring."""
+
+import itertools
+import random
+
+from cadenza.decoding.speculation.base import Wish
+from cadenza.decoding.speculation.sharing import share_rows
+
+
+def goodput(wishes: list[Wish], shares: tuple[int, ...], num_rows: int, num_tokens: int, fixed: int) -> float:
+    expected = [
+        sum(wish.acceptance**number for number in range(1, share + 1))
+        for wish, share in zip(wishes, shares, strict=True)
+    ]
+    return (num_tokens + sum(expected)) / (fixed + num_rows + sum(shares))
+
+
+def test_no_other_shares_bring_more() -> None:
+    rng = random.Random(4)
+    for _ in range(200):
+        wishes = [Wish(rng.randrange(4), rng.choice([0.05, 0.3, 0.6, 0.9, 1.0])) for _ in range(3)]
+        num_tokens = rng.randrange(3, 12)
+        num_rows, fixed = num_tokens + rng.choice([0, 64]), rng.choice([1, 4, 12])
+        granted = share_rows(dict(enumerate(wishes)), num_rows, num_tokens, fixed)
+        own = tuple(granted.get(number, 0) for number in range(3))
+        ranges = [range(wish.num_tokens + 1) for wish in wishes]
+        best = max(
+            goodput(wishes, shares, num_rows, num_tokens, fixed) for shares in itertools.product(*ranges)
+        )
+        assert goodput(wishes, own, num_rows, num_tokens, fixed) >= best - 1e-9
+
+
+def test_one_branch_alone_may_draft_what_many_may_not() -> None:
+    unlikely = Wish(8, 0.2)
+    assert share_rows({"a": unlikely}, 1, 1, 12)
+    many = dict.fromkeys(range(32), unlikely)
+    assert not share_rows(many, 32, 32, 12)
+    assert share_rows({**many, 0: Wish(4, 0.95)}, 32, 32, 12) == {0: 4}
+
+
+def test_what_is_certain_is_always_worth_its_row() -> None:
+    assert share_rows({"a": Wish(40, 1.0)}, 64, 64, 12) == {"a": 40}
+    assert share_rows({"a": Wish(0, 1.0), "b": Wish(-1, 1.0)}, 1, 1, 12) == {}
+    assert share_rows({}, 1, 1, 12) == {}
