@@ -27,6 +27,20 @@ def test_openai_client(base_url: str) -> None:
     assert rest.startswith(whole), "the stream says what the whole answer said"
 
 
+def test_strategies(base_url: str) -> None:
+    """Sections with as many answers as they ask for, ranked ones best first, constrained ones as constrained."""
+    output = run(sys.executable, str(EXAMPLES / "strategies.py"), f"{base_url}/v1")
+    _, beams, diverse, contrastive, best_of, streamed, why = re.split(r"^\S.*:\n", output, flags=re.M)
+    for ranked, count in ((beams, 2), (diverse, 4), (best_of, 2)):
+        scores = [float(line.split()[0]) for line in ranked.splitlines()]
+        assert len(scores) == count
+        assert scores == sorted(scores, reverse=True)
+    assert len(contrastive.splitlines()) == 1
+    text = streamed.strip().replace("|", "")
+    assert re.fullmatch(r"red, (green|yellow),? and blue\. Mixed they make (orange|purple|brown)\.", text)
+    assert re.search(r"searched|forced", why)
+
+
 def test_constraints(base_url: str) -> None:
     """Each section's answer has the form that the section asks for."""
     output = run(sys.executable, str(EXAMPLES / "constraints.py"), f"{base_url}/v1")
