@@ -36,11 +36,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 PROMPT_LENGTHS = (3, 20, 70)
 
 
-def tiny_model(name: str) -> Any:
-    """The model of one of ARCHITECTURES, with weights large enough for its logits to tell tokens apart."""
+def tiny_model(name: str, **extra: Any) -> Any:
+    """A model of one of ARCHITECTURES or another, with weights large enough for its logits to tell tokens apart."""
     config_class = getattr(transformers, f"{name}Config")
     known = {key: value for key, value in SIZES.items() if hasattr(config_class(), key)}
-    config = config_class(**known, **ARCHITECTURES[name])
+    config = config_class(**known, **ARCHITECTURES.get(name, {}), **extra)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
