@@ -141,5 +141,5 @@ def _dry(tokenizer: Tokenizer, params: SamplingParams) -> Dry | None:
         base=params.dry_base,
         allowed_length=params.dry_allowed_length,
         last_n=params.dry_penalty_last_n,
-        breakers=find_breakers(tokenizer, params.dry_sequence_breakers),
+        breakers=find_breakers(tokenizer, tuple(params.dry_sequence_breakers)),
     )

@@ -144,6 +144,8 @@ def test_dry_looks_at_the_prompt_too(tiny: Engine):
     assert answer(tiny, "red green blue red green", **fields).token_ids == [blue]
     dry = {"dry_multiplier": 100.0, "dry_allowed_length": 1}
     assert answer(tiny, "red green blue red green", **fields, **dry).token_ids != [blue]
+    breaks = {"dry_sequence_breakers": ["green"]}
+    assert answer(tiny, "red green blue red green", **fields, **dry, **breaks).token_ids == [blue]
 
 
 # the same in any company

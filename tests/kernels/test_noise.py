@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from cadenza.kernels.noise import gumbel, philox, random_words
+from cadenza.kernels.noise import gumbel, philox, random_words, uniform
 
 
 def numpy_philox(seed: int, counter: tuple[int, int, int, int], rounds: int = 7) -> list[int]:
@@ -28,6 +28,13 @@ def test_philox_equals_unbounded_integer_arithmetic():
         counter = tuple(int(v) for v in rng.integers(0, 2**32, size=4))
         words = philox(torch.tensor([seed]), tuple(torch.tensor([v]) for v in counter))
         assert [int(word) for word in words] == numpy_philox(seed, counter)
+
+
+def test_a_rows_coin_has_a_counter_of_its_own():
+    """The layout is part of what a seed means."""
+    for seed, branch, position in [(1, 0, 0), (2**40 + 3, 5, 77), (2**63 - 1, 127, 8191)]:
+        coin = uniform(torch.tensor([seed]), torch.tensor([branch]), torch.tensor([position]))
+        assert coin == (numpy_philox(seed, (0, position, branch, 1))[0] + 0.5) / 2**32
 
 
 def test_a_tokens_word_does_not_depend_on_which_tokens_are_asked_for():
