@@ -76,7 +76,7 @@ def check_search(sampling: SamplingParams, what: str) -> None:
     if sampling.temperature not in (0.0, 1.0):
         raise RequestError(f"temperature must be 0 or 1 with {what}: nothing is drawn", "temperature")
     for name in DRAWING_FIELDS:
-        if getattr(sampling, name) != getattr(neutral, name):
+        if getattr(sampling, name) not in (getattr(neutral, name), _ALSO_OFF.get(name)):
             raise RequestError(f"{name} cannot be combined with {what}: nothing is drawn", name)
 
 
@@ -111,3 +111,4 @@ DRAWING_FIELDS: Final = (
     "dynatemp_exponent",
 )
 """Fields of `SamplingParams` that only change a draw, beside temperature."""
+_ALSO_OFF: Final = {"top_k": -1, "top_n_sigma": -1.0}

@@ -173,7 +173,8 @@ def test_a_search_draws_nothing(search: dict[str, Any]) -> None:
     own = params(**search)
     assert (own.temperature, own.top_k, own.top_p, own.repetition_penalty) == (1.0, 0, 1.0, 1.1)
     check_search(own, "a search")
-    check_search(params(**search, temperature=0, top_p=1.0, seed=3), "a search")
+    check_search(params(**search, temperature=0, top_p=1.0, top_n_sigma=-1, seed=3), "a search")
+    check_search(params(**{"top_k": -1, **search}), "a search")
     values: dict[str, Any] = {"mirostat": 2, "dynatemp_range": 0.5, "top_k": 3}
     for name in {*DRAWING_FIELDS, "temperature"} - search.keys():
         with pytest.raises(RequestError) as caught:
