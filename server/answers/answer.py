@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from cadenza.decoding.request import Delta, Event, PromptDone
+from cadenza.decoding.request import Delta, Event, PromptDone, VoteProgress
+from cadenza.server.answers import vote
 from cadenza.server.answers.logprobs import finite
 from cadenza.server.answers.usage import Usage
 
@@ -34,6 +35,8 @@ class Answer(ABC):
         }
         self._running_usage = running_usage
         self._usage = Usage()
+        self._votes: dict[int, dict[str, Any]] = {}
+        """Decided, by prompt."""
 
     @property
     def id(self) -> str:
@@ -43,16 +46,23 @@ class Answer(ABC):
         """Every chunk of the stream, the last one with `choices: []` and the usage."""
         async for prompt_index, event in events:
             self._usage.count(event)
-            if isinstance(event, PromptDone):
-                made = self._begin(prompt_index, event)
-            elif isinstance(event, Delta):
-                made = self._advance(prompt_index, event)
-            else:
-                continue
-            for chunk in made:
+            for chunk in self._chunks_of(prompt_index, event):
                 chunk["usage"] = self._usage.wire() if self._running_usage else None
                 yield chunk
         yield {**self._head, "choices": [], "usage": self._usage.wire()}
+
+    def _chunks_of(self, prompt_index: int, event: Event) -> Iterator[Chunk]:
+        match event:
+            case PromptDone():
+                yield from self._begin(prompt_index, event)
+            case Delta():
+                for chunk in self._advance(prompt_index, event):
+                    is_last = chunk["choices"][0]["finish_reason"] is not None
+                    yield {**chunk, "vote": self._votes[prompt_index]} if is_last and self._votes else chunk
+            case VoteProgress(is_final=True):
+                self._votes[prompt_index] = vote.outcome(event)
+            case VoteProgress():
+                yield self._chunk(self._no_news(prompt_index), vote=vote.progress(event))
 
     @abstractmethod
     def _begin(self, prompt_index: int, event: PromptDone) -> Iterator[Chunk]:
@@ -62,19 +72,30 @@ class Answer(ABC):
     def _advance(self, prompt_index: int, event: Delta) -> Iterator[Chunk]:
         """The chunks that bring the news of one choice."""
 
+    @abstractmethod
+    def _no_news(self, index: int) -> dict[str, Any]:
+        """A choice of which a chunk says nothing."""
+
     def _chunk(self, choice: dict[str, Any], **members: Any) -> Chunk:
         return {**self._head, "choices": [choice], **members}
 
     async def fold(self, chunks: AsyncIterator[Chunk]) -> dict[str, Any]:
-        """The whole answer that a client would have put together from the stream."""
+        """The whole answer that a client would have put together from the stream; `votes` where prompts are several."""
         choices: dict[int, dict[str, Any]] = {}
+        votes: dict[int, dict[str, Any]] = {}
         whole: dict[str, Any] = {}
         async for chunk in chunks:
+            if "vote" in chunk:
+                votes[chunk["choices"][0]["index"]] = chunk.pop("vote")
             for news in chunk["choices"]:
                 self._fold_choice(choices.setdefault(news["index"], {"index": news["index"]}), news)
             whole.update(chunk)
         whole["object"] = self.whole_object
         whole["choices"] = [choices[index] for index in sorted(choices)]
+        if len(votes) == 1:
+            (whole["vote"],) = votes.values()
+        elif votes:
+            whole["votes"] = [votes[index] for index in sorted(votes)]
         return whole
 
     @abstractmethod

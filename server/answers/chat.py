@@ -65,6 +65,9 @@ class ChatAnswer(Answer):
         if event.finish_reason is not None:
             yield self._chunk(_choice(event.index, {}, **ending(event)))
 
+    def _no_news(self, index: int) -> dict[str, Any]:
+        return _choice(index, {})
+
     def _fold_choice(self, choice: dict[str, Any], news: dict[str, Any]) -> None:
         message = choice.setdefault("message", {"role": "assistant", "content": "", "refusal": None})
         message["content"] += news["delta"].get("content") or ""

@@ -84,6 +84,9 @@ class CompletionAnswer(Answer):
             )
         return self._logprobs[index]
 
+    def _no_news(self, index: int) -> dict[str, Any]:
+        return _choice(index, "")
+
     def _fold_choice(self, choice: dict[str, Any], news: dict[str, Any]) -> None:
         choice["text"] = choice.get("text", "") + news["text"]
         if "logprobs" not in choice:
