@@ -100,7 +100,6 @@ class ContrastiveBranches:
         """(token id, score) of the candidates that are beaten already."""
 
     def begin(self, stem: Branch, generation: "Generation") -> list[Branch]:
-        stem.reads_cache = True  # from here on, a preempted branch need not bring the prompt's states again
         return [stem]
 
     def advance(self, results: Sequence[Result], generation: "Generation") -> None:
@@ -110,6 +109,7 @@ class ContrastiveBranches:
             elif self._best is None:  # the prompt, or a run of tokens that had no rivals
                 assert result.hidden is not None
                 self._states.extend(result.hidden, result.first_hidden)
+                result.branch.reads_cache = True  # who is preempted from now on need not bring them again
                 self._go_on(result, generation)
         if self._best is not None and not self._open:
             self._settle(self._best, generation)
