@@ -84,13 +84,14 @@ def check_goldens(engine: Engine, golden: dict[str, Any], cases: Sequence[dict[s
 
 
 def test_the_default_model_gives_transformers_tokens_for_twenty_prompts(engine: Engine) -> None:
-    """Each prompt with one of the three settings, together in one batch. Of most answers the first tokens only: none
-    depends on how many may follow it."""
+    """Each prompt with one of the three settings. Of most answers the first tokens only: none depends on how many may
+    follow it."""
     golden = GOLDENS["smollm2"]
     cases = [case for number, case in enumerate(golden["cases"]) if number % 3 == case["prompt"] % 3]
     assert sorted(case["prompt"] for case in cases) == list(range(20))
     assert len({(case["penalty_alpha"], case["top_k"]) for case in cases}) == 3
-    check_goldens(engine, golden, [{**case, "max_tokens": 8} for case in cases])
+    for some in (cases[:7], cases[7:14], cases[14:]):  # as many as find places for all their candidates
+        check_goldens(engine, golden, [{**case, "max_tokens": 8} for case in some])
 
 
 @pytest.fixture(scope="module")
