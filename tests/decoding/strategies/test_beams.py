@@ -228,3 +228,18 @@ def test_a_text_that_ends_behind_the_best_is_left_out():
     wider.step(lambda text: options, lambda text, t, logprob: Grown((*text, t), t, logprob, t == EOS))
     assert [item.item for item in wider.complete] == [(EOS,)]
     assert list(wider.live) == [(1,), (2,), (3,)]
+
+
+def test_never_waits_for_what_length_may_make_good():
+    """An unlikely beginning with a certain rest: only "never" goes on after two short answers of nearly its score."""
+
+    def options(text: Text) -> list[tuple[int, float]]:
+        if not text:
+            return [(EOS, -1.0), (1, -2.0)]
+        return [(EOS, -0.005), (1, -0.01)] if text == (1,) else [(1, -0.01)]
+
+    for early_stopping, best in ((False, (EOS,)), ("never", (1,) * 10)):
+        running = Search[Text].start(BeamSearch(num_beams=2, early_stopping=early_stopping), 10, ())
+        while not running.is_done:
+            running.step(options, lambda text, t, logprob: Grown((*text, t), t, logprob, t == EOS))
+        assert running.complete[0].item == best
