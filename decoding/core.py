@@ -15,8 +15,9 @@ from cadenza.decoding.bitmask import BitmaskFiller, StepBitmask
 from cadenza.decoding.block_pool import BlockPool
 from cadenza.decoding.branch import Branch
 from cadenza.decoding.generation import Generation, matcher_failed
-from cadenza.decoding.logits import Choice, LogitsPipeline, Row, token_logprobs
+from cadenza.decoding.logits import LogitsPipeline, token_logprobs
 from cadenza.decoding.request import RequestError, RequestFailed
+from cadenza.decoding.row import Choice, Row
 from cadenza.decoding.runner import ModelRunner, StepLogits
 from cadenza.decoding.scheduler import Scheduler, Step
 from cadenza.decoding.speculation.speculator import Speculator

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from cadenza.decoding.branch import Branch
 from cadenza.decoding.dry import Dry
 from cadenza.decoding.explanation import decided
-from cadenza.decoding.logits import Choice, Row
 from cadenza.decoding.request import (
     Delta,
     Event,
@@ -25,6 +24,7 @@ from cadenza.decoding.request import (
     TokenExplanation,
     TokenLogprob,
 )
+from cadenza.decoding.row import Choice, Row
 from cadenza.decoding.strategies.base import Result, Strategy
 from cadenza.decoding.stream import RequestStream
 

@@ -4,69 +4,21 @@
 step; what no row uses is skipped. Knows token ids and parameters; no blocks, no text, no requests.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cadenza.decoding.dry import Dry
 from cadenza.decoding.explanation import explain
-from cadenza.decoding.request import Decision, SamplingParams, TokenExplanation, TokenLogprob
+from cadenza.decoding.parameters import next_mu, sampling_rows
+from cadenza.decoding.processors import add_bias, apply_bitmask, apply_penalties, mask_vocabulary, unpack_bits
+from cadenza.decoding.request import Decision, TokenLogprob
+from cadenza.decoding.row import Choice, Row
 from cadenza.kernels.sampling import SamplingRows, divide_by_temperature, draw, survivors
-from cadenza.kernels.thresholds import ThresholdRows
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """A wish for the most likely tokens, where a strategy searches instead of drawing one."""
-
-    count: int
-    normalized: bool
-    """Whether they are scored by the distribution that masks, penalties and bias leave. If not, those act on the
-    log-probabilities of the model, as in transformers' beam search, so that scores of texts can be compared."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One branch that needs a token."""
-
-    logits_row: int
-    """Its row in the forward pass' logits; branches that were just forked share one."""
-    sampling: SamplingParams
-    seed: int
-    branch: int
-    prompt: Sequence[int]
-    generated: Sequence[int]
-    banned: Sequence[int]
-    """Token ids that may not come now: ends before min_tokens, last tokens of bad words."""
-    num_logprobs: int | None
-    """Alternatives wanted; 0: the chosen token's log-probability only; None: no log-probabilities."""
-    mask: int | None = None
-    """Its row in the step's bitmask, where a constraint says what may come."""
-    candidates: Candidates | None = None
-    """None: one token is drawn."""
-    explain: bool = False
-    dry: Dry | None = None
-    mirostat_mu: float | None = None
-    """Mirostat's state; None: its first token."""
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    token_id: int | None
-    """None: the row's bans leave no token, or its logits are not numbers; or candidates were asked for."""
-    logprob: TokenLogprob | None
-    decision: Decision
-    candidates: tuple[tuple[int, float], ...] = ()
-    """(token id, log-probability), best first; of equal ones the lower token first."""
-    explanation: TokenExplanation | None = None
-    mirostat_mu: float | None = None
-    """Mirostat's state after this token. None where nothing was learned: a token that was not drawn says nothing
-    about what to leave to the next draw."""
 
 
 class LogitsPipeline:
@@ -99,12 +51,12 @@ class LogitsPipeline:
         raw = _gather(logits, rows)
         logits = raw.clone() if self._wants_raw_logprobs(rows) else raw
         logits = self._process(logits, rows, bitmask)
-        parameters = _parameters(rows, logits.device)
+        parameters = sampling_rows(rows, logits.device)
         drawn = draw(logits, parameters)
         is_possible = logits.gather(1, drawn.tokens[:, None])[:, 0] > -torch.inf
         if self._logprobs_mode == "processed_logprobs":
             raw = processed_logits(logits, parameters) if _wants_logprobs(rows) else raw
-        return _choices(raw, drawn.tokens, is_possible, rows, _next_mu(rows, drawn.surprise))
+        return _choices(raw, drawn.tokens, is_possible, rows, next_mu(rows, drawn.surprise))
 
     def _search(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None) -> list[Choice]:
         scores = self._search_scores(logits, rows, bitmask)
@@ -145,7 +97,7 @@ class LogitsPipeline:
             return choice
         if row.candidates is None:
             processed = self._process(_gather(logits, [row]), [row], bitmask)
-            final = processed_logits(processed, _parameters([row], logits.device))[0]
+            final = processed_logits(processed, sampling_rows([row], logits.device))[0]
         else:
             final = self._search_scores(logits, [row], bitmask)[0]
         raw = logits[row.logits_row]
@@ -175,77 +127,6 @@ class LogitsPipeline:
 
 def _gather(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     return logits[torch.tensor([row.logits_row for row in rows], device=logits.device)]
-
-
-def mask_vocabulary(logits: Tensor, rows: Sequence[Row], vocab_size: int) -> Tensor:
-    """-inf, in place, for what a row must not choose, and for the padding of the embedding beyond the vocabulary."""
-    logits[:, vocab_size:] = -torch.inf
-    for number, row in enumerate(rows):
-        if row.sampling.allowed_token_ids is not None:
-            allowed = torch.tensor(row.sampling.allowed_token_ids, device=logits.device)
-            kept = logits[number, allowed]
-            logits[number] = -torch.inf
-            logits[number, allowed] = kept
-    at, ids = _flatten((number, row.banned) for number, row in enumerate(rows))
-    if at:
-        logits[torch.tensor(at), torch.tensor(ids)] = -torch.inf
-    return logits
-
-
-def apply_bitmask(logits: Tensor, rows: Sequence[Row], bitmask: Tensor) -> Tensor:
-    """-inf, in place, for the tokens whose bit is not set: bit t & 31 of word t >> 5 of a row's mask. A token beyond
-    the mask has no bit."""
-    at = [number for number, row in enumerate(rows) if row.mask is not None]
-    words = bitmask[[row.mask for row in rows if row.mask is not None]].to(logits.device)
-    is_allowed = unpack_bits(words)
-    width = min(is_allowed.shape[1], logits.shape[1])
-    if len(at) == len(logits):
-        logits[:, :width].masked_fill_(~is_allowed[:, :width], -torch.inf)
-        logits[:, width:] = -torch.inf
-    else:
-        for number, allowed in zip(at, is_allowed, strict=True):
-            logits[number, :width].masked_fill_(~allowed[:width], -torch.inf)
-            logits[number, width:] = -torch.inf
-    return logits
-
-
-def unpack_bits(words: Tensor) -> Tensor:
-    """[..., W] int32 → [..., 32 W] bool, lowest bits first."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
-    return (words.view(torch.uint8)[..., None] >> shifts & 1).flatten(-2).bool()
-
-
-def apply_penalties(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """In place. Repetition (Keskar et al. 2019) counts prompt and answer: positive logits are divided, negative
-    ones multiplied. Frequency and presence (OpenAI) count the answer only: subtracted per time, and once. DRY looks
-    at prompt and answer.
-    """
-    for number, row in enumerate(rows):
-        params = row.sampling
-        if params.repetition_penalty != 1.0:
-            seen = torch.tensor(list({*row.prompt, *row.generated}), device=logits.device)
-            values = logits[number, seen]
-            penalized = torch.where(
-                values > 0, values / params.repetition_penalty, values * params.repetition_penalty
-            )
-            logits[number, seen] = penalized
-        if (params.frequency_penalty != 0.0 or params.presence_penalty != 0.0) and row.generated:
-            ids, counts = torch.tensor(row.generated, device=logits.device).unique(return_counts=True)
-            logits[number, ids] -= params.frequency_penalty * counts + params.presence_penalty
-        if row.dry is not None and (penalties := row.dry.penalties([*row.prompt, *row.generated])):
-            repeating = torch.tensor(list(penalties), device=logits.device)
-            logits[number, repeating] -= torch.tensor(list(penalties.values()), device=logits.device)
-    return logits
-
-
-def add_bias(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """In place: OpenAI's logit_bias."""
-    for number, row in enumerate(rows):
-        if row.sampling.logit_bias:
-            ids = torch.tensor(list(row.sampling.logit_bias), device=logits.device)
-            bias = torch.tensor(list(row.sampling.logit_bias.values()), device=logits.device)
-            logits[number, ids] += bias
-    return logits
 
 
 def processed_logits(logits: Tensor, parameters: SamplingRows) -> Tensor:
@@ -313,66 +194,5 @@ def _choices(
     ]
 
 
-def _next_mu(rows: Sequence[Row], surprise: Tensor | None) -> list[float | None]:
-    """Mirostat's feedback: less surprise is allowed after a token of more than tau bits, more after one of less."""
-    if surprise is None:
-        return [None] * len(rows)
-    return [
-        _mu(row) - row.sampling.mirostat_eta * (bits - row.sampling.mirostat_tau)
-        if row.sampling.is_stateful
-        else None
-        for row, bits in zip(rows, surprise.tolist(), strict=True)
-    ]
-
-
-def _mu(row: Row) -> float:
-    return 2.0 * row.sampling.mirostat_tau if row.mirostat_mu is None else row.mirostat_mu
-
-
 def _wants_logprobs(rows: Sequence[Row]) -> bool:
     return any(row.num_logprobs is not None for row in rows)
-
-
-def _parameters(rows: Sequence[Row], device: torch.device) -> SamplingRows:
-    def column(values: Iterable[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype, device=device)
-
-    return SamplingRows(
-        temperature=column((row.sampling.temperature for row in rows), torch.float32),
-        top_k=column((max(row.sampling.top_k, 0) for row in rows), torch.int64),
-        top_p=column((row.sampling.top_p for row in rows), torch.float32),
-        min_p=column((row.sampling.min_p for row in rows), torch.float32),
-        typical_p=column((row.sampling.typical_p for row in rows), torch.float32),
-        seed=column((_as_signed(row.seed) for row in rows), torch.int64),
-        branch=column((row.branch for row in rows), torch.int64),
-        position=column((len(row.generated) for row in rows), torch.int64),
-        thresholds=_thresholds(rows, device) if any(row.sampling.has_thresholds for row in rows) else None,
-    )
-
-
-def _thresholds(rows: Sequence[Row], device: torch.device) -> ThresholdRows:
-    def column(values: Iterable[float]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.float32, device=device)
-
-    params = [row.sampling for row in rows]
-    return ThresholdRows(
-        dynatemp_range=column(each.dynatemp_range for each in params),
-        dynatemp_exponent=column(each.dynatemp_exponent for each in params),
-        top_n_sigma=column(each.top_n_sigma for each in params),
-        epsilon_cutoff=column(each.epsilon_cutoff for each in params),
-        eta_cutoff=column(each.eta_cutoff for each in params),
-        xtc_probability=column(each.xtc_probability for each in params),
-        xtc_threshold=column(each.xtc_threshold for each in params),
-        mirostat=torch.tensor([each.mirostat for each in params], device=device),
-        mirostat_mu=column(map(_mu, rows)),
-    )
-
-
-def _as_signed(seed: int) -> int:
-    """The int64 of the same 64 bits."""
-    return (seed + 2**63) % 2**64 - 2**63
-
-
-def _flatten(lists: Iterable[tuple[int, Sequence[int]]]) -> tuple[list[int], list[int]]:
-    pairs = [(number, item) for number, items in lists for item in items]
-    return [number for number, _ in pairs], [item for _, item in pairs]

@@ -122,12 +122,13 @@ class SamplingParams:
             "min_tokens",
             f"at most max_tokens ({self.max_tokens})",
         )
-        require(self.temperature >= 0.0, "temperature", "at least 0")
+        # beyond these bounds products leave the range of float32, and masked tokens are no longer told from others
+        require(0.0 <= self.temperature <= 1000.0, "temperature", "between 0 and 1000")
         require(self.top_k >= -1, "top_k", "at least 1, or 0 or -1 for off")
         require(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
         require(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
         require(0.0 < self.typical_p <= 1.0, "typical_p", "above 0 and at most 1")
-        require(self.repetition_penalty > 0.0, "repetition_penalty", "above 0")
+        require(0.001 <= self.repetition_penalty <= 1000.0, "repetition_penalty", "between 0.001 and 1000")
         require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
         require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
         self._check_family(require)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from cadenza.decoding.branch import Branch
-from cadenza.decoding.logits import Candidates, Choice
+from cadenza.decoding.row import Candidates, Choice
 
 if TYPE_CHECKING:
     from cadenza.decoding.generation import Generation

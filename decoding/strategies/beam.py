@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cadenza.decoding.branch import Branch
-from cadenza.decoding.logits import Candidates, Choice
 from cadenza.decoding.request import RequestError, SamplingParams
+from cadenza.decoding.row import Candidates, Choice
 from cadenza.decoding.strategies.base import Needs, Result
 from cadenza.decoding.strategies.beams import Grown, Search, num_candidates
 from cadenza.decoding.strategies.spec import BeamSearch, check_search

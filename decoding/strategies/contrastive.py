@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cadenza.decoding.branch import Branch
-from cadenza.decoding.logits import Candidates
 from cadenza.decoding.request import Decision
+from cadenza.decoding.row import Candidates
 from cadenza.decoding.strategies.base import Needs, Result
 from cadenza.decoding.strategies.spec import ContrastiveSearch
 

@@ -28,7 +28,9 @@ from cadenza.decoding.constraints.constraint import Constraint
 from cadenza.decoding.constraints.errors import MatcherError
 from cadenza.decoding.constraints.spec import ConstraintSpec
 from cadenza.decoding.detokenizer import IncrementalDetokenizer, StopStringFilter, TextStream
-from cadenza.decoding.logits import LogitsPipeline, Row, apply_bitmask
+from cadenza.decoding.logits import LogitsPipeline
+from cadenza.decoding.processors import apply_bitmask
+from cadenza.decoding.row import Row
 from cadenza.models import LoadedModel
 
 PROMPT = tuple(range(1000, 1012))

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from cadenza.decoding import BeamSearch, Engine, EngineConfig, TokenExplanation
 from cadenza.decoding.completion import CompletionChoice
 from cadenza.decoding.constraints.spec import ConstraintSpec
-from cadenza.decoding.logits import LogitsPipeline, Row
+from cadenza.decoding.logits import LogitsPipeline
 from cadenza.decoding.request import SamplingParams
+from cadenza.decoding.row import Row
 from cadenza.models import LoadedModel
 
 Floats = NDArray[np.float64]

@@ -16,13 +16,11 @@ from cadenza.decoding.generation import Generation
 from cadenza.decoding.logits import (
     LogitsPipeline,
     LogprobsMode,
-    Row,
-    add_bias,
-    apply_penalties,
-    mask_vocabulary,
     token_logprobs,
 )
+from cadenza.decoding.processors import add_bias, apply_penalties, mask_vocabulary
 from cadenza.decoding.request import GenerationRequest, SamplingParams
+from cadenza.decoding.row import Row
 from cadenza.decoding.strategies.independent import IndependentBranches
 from cadenza.decoding.stream import RequestStream
 

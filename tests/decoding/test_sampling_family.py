@@ -18,7 +18,9 @@ from cadenza.decoding.completion import Completion, CompletionChoice, collect
 from cadenza.decoding.constraints.constraint import Constraint
 from cadenza.decoding.constraints.spec import ConstraintSpec
 from cadenza.decoding.dry import Breakers, Dry
-from cadenza.decoding.logits import Choice, LogitsPipeline, Row, apply_penalties
+from cadenza.decoding.logits import LogitsPipeline
+from cadenza.decoding.processors import apply_penalties
+from cadenza.decoding.row import Choice, Row
 from cadenza.models import LoadedModel
 
 PROMPT = "The old clock on the wall had stopped at ten past four, and nobody in the house"
