@@ -14,6 +14,7 @@ import jsonschema
 import lark
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from cadenza.decoding import (
     Delta,
@@ -134,21 +135,32 @@ def test_tiny_models_of_many_architectures_give_transformers_tokens(
 
 @pytest.fixture(scope="module")
 def plain_module(tiny_model: LoadedModel) -> Any:
-    """The tiny model before an engine takes it over, in float64. Made first: see `tiny`."""
-    module = copy.deepcopy(tiny_model.module).double()
+    """A model of the tiny one's kind, as transformers runs it."""
+    torch.manual_seed(3)
+    module = LlamaForCausalLM(copy.deepcopy(tiny_model.config)).eval().requires_grad_(False)
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
     module.set_attn_implementation("eager")
     return module
 
 
 @pytest.fixture(scope="module")
-def tiny(plain_module: Any, tiny_model: LoadedModel) -> Iterator[Engine]:
-    with Engine(tiny_model, EngineConfig(max_num_seqs=64, kv_cache_memory_gb=0.05)) as running:
+def model(tiny_model: LoadedModel, plain_module: Any) -> LoadedModel:
+    """The same weights for engines, which may share them."""
+    return dataclasses.replace(tiny_model, module=copy.deepcopy(plain_module))
+
+
+@pytest.fixture(scope="module")
+def tiny(model: LoadedModel) -> Iterator[Engine]:
+    with Engine(model, EngineConfig(max_num_seqs=64, kv_cache_memory_gb=0.05)) as running:
         yield running
 
 
 @torch.inference_mode()
 def reference(module: Any, num_tokens: int, spec: ContrastiveSearch, **sampling: Any) -> list[int]:
-    """Contrastive search from its formula, every candidate computed from the start."""
+    """Contrastive search from its formula, every candidate computed from the start, in float64."""
+    module = copy.deepcopy(module).double()
     tokens = list(PROMPT)
     for number in range(num_tokens):
         logits = module(input_ids=torch.tensor([tokens])).logits[0, -1]
@@ -376,14 +388,14 @@ def test_the_same_answers_alone_and_in_a_crowd(tiny: Engine) -> None:
 
 @pytest.mark.parametrize("config", [{"max_num_seqs": 4}, {"max_num_seqs": 12, "kv_cache_memory_gb": 0.0001}])
 def test_the_same_answers_with_few_seats_or_blocks(
-    tiny: Engine, tiny_model: LoadedModel, config: dict[str, Any]
+    tiny: Engine, model: LoadedModel, config: dict[str, Any]
 ) -> None:
     """Candidates are preempted, and computed again while others wait for them."""
     prompt = [token + 7 for token in range(80)]
     schema = tiny.constraints.compile(SPECS["schema"]).result()
     own: list[dict[str, Any]] = [{"priority": 9}, {"priority": 9, "constraint": schema, "logprobs": 1}]
     alone = [answer(tiny, prompt, **fields) for fields in own]
-    with Engine(tiny_model, EngineConfig(**{"kv_cache_memory_gb": 0.05, **config})) as engine:
+    with Engine(model, EngineConfig(**{"kv_cache_memory_gb": 0.05, **config})) as engine:
         others = crowd(engine, [None])
         streams = [submit(engine, prompt, **fields) for fields in own]
         assert [collect(stream, 1).choices[0] for stream in streams] == alone
