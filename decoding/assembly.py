@@ -15,7 +15,7 @@ from cadenza.decoding.scheduler import Scheduler
 from cadenza.decoding.speculation.base import Drafter
 from cadenza.decoding.speculation.draft_model import DraftModelDrafter
 from cadenza.decoding.speculation.ngram import NgramDrafter
-from cadenza.decoding.speculation.sharing import CPU_FIXED_ROWS, GPU_FIXED_ROWS
+from cadenza.decoding.speculation.sharing import CPU_COST, GPU_COST
 from cadenza.decoding.speculation.speculator import Speculator
 from cadenza.models import LoadedModel, ModelError
 from cadenza.models.packing import can_pack, pack, watch_siblings
@@ -64,7 +64,7 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
             scheduler,
             drafter,
             config.num_speculative_tokens,
-            CPU_FIXED_ROWS if model.device.type == "cpu" else GPU_FIXED_ROWS,
+            CPU_COST if model.device.type == "cpu" else GPU_COST,
         ),
     )
     return Assembly(core, num_kv_tokens, _context_length(model, num_kv_tokens))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cadenza.decoding.scheduler import Step
 
 LONGEST = 3  # tokens that are looked up
-_FIRST_TRUST = ((0.0, 1.0), (1.0, 5.0), (2.5, 5.0), (4.0, 5.0))
+_FIRST_TRUST = ((0.0, 1.0), (1.5, 5.0), (2.5, 5.0), (4.0, 5.0))
 """Right ones among judged tokens, by the length of what was found, before anything is known of a branch."""
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cadenza.decoding.branch import Branch
 from cadenza.decoding.scheduler import Scheduler, Step
 from cadenza.decoding.speculation.base import Drafter, Owners, Wish
-from cadenza.decoding.speculation.sharing import share_rows
+from cadenza.decoding.speculation.sharing import StepCost, share_rows
 from cadenza.decoding.speculation.verification import Verification
 from cadenza.decoding.strategies.base import Result
 
@@ -26,14 +26,13 @@ class SpeculationCounts:
 
 class Speculator:
     def __init__(
-        self, scheduler: Scheduler, drafter: Drafter | None, num_speculative_tokens: int, fixed_rows: int
+        self, scheduler: Scheduler, drafter: Drafter | None, num_speculative_tokens: int, step_cost: StepCost
     ) -> None:
-        """fixed_rows: what a step costs whatever its rows, in rows (`sharing`)."""
         self.counts = SpeculationCounts()
         self._scheduler = scheduler
         self._drafter = drafter
         self._limit = num_speculative_tokens
-        self._fixed_rows = fixed_rows
+        self._step_cost = step_cost
         self._verifications: dict[Branch, Verification] = {}
 
     def draft(self, step: Step, owners: Owners) -> None:
@@ -41,7 +40,7 @@ class Speculator:
         self._verifications.clear()
         ready = [span.branch for span in step.spans if span.reaches_end]
         wishes = {branch: wish for branch in ready if (wish := self._wish(branch, owners)) is not None}
-        shares = share_rows(wishes, step.num_rows, len(ready), self._fixed_rows)
+        shares = share_rows(wishes, step.num_rows, len(ready), self._step_cost)
         room = self._scheduler.make_room_for_drafts(step, shares)
         decided = {branch: branch.pending[:count] for branch, count in room.items() if branch.pending}
         guessed = {branch: count for branch, count in room.items() if branch not in decided}

@@ -77,6 +77,9 @@ class ScriptedEngine:
             prompt_tokens_total=11,
             generation_tokens_total=13,
             num_preemptions=1,
+            spec_decode_num_drafts=17,
+            spec_decode_num_draft_tokens=23,
+            spec_decode_num_accepted_tokens=19,
         )
 
     def close(self, timeout: float = 0.0) -> None:

@@ -194,6 +194,9 @@ def test_metrics(client: Any, complete: Post) -> None:
         'cadenza:prefix_cache_hits_total{model_name="scripted"} 5.0',
         'cadenza:prompt_tokens_total{model_name="scripted"} 11.0',
         'cadenza:generation_tokens_total{model_name="scripted"} 13.0',
+        'cadenza:spec_decode_num_drafts_total{model_name="scripted"} 17.0',
+        'cadenza:spec_decode_num_draft_tokens_total{model_name="scripted"} 23.0',
+        'cadenza:spec_decode_num_accepted_tokens_total{model_name="scripted"} 19.0',
         'cadenza:time_to_first_token_seconds_count{model_name="scripted"} 1.0',
         'cadenza:e2e_request_latency_seconds_count{model_name="scripted"} 1.0',
     ):
