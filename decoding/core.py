@@ -71,7 +71,7 @@ class EngineCore:
 
     def fail(self, generation: Generation, error: Exception) -> None:
         self.remove(generation)
-        generation.deliver()
+        generation.deliver(is_cut_off=True)
         generation.stream.close(error)
 
     def fail_all(self, error: Exception) -> None:

@@ -155,10 +155,11 @@ class Generation:
                 )
         return RequestFailed("the model's logits are not numbers")
 
-    def deliver(self) -> None:
-        """Hand the step's events to the stream, without waking who awaits them."""
+    def deliver(self, *, is_cut_off: bool = False) -> None:
+        """Hand the step's events to the stream, without waking who awaits them. is_cut_off: an error comes after them,
+        although all branches may have ended."""
         events, self._events = self._events, []
-        self.stream.put(events, is_last=self.is_finished)
+        self.stream.put(events, is_last=self.is_finished and not is_cut_off)
 
     # what the strategy does
 
