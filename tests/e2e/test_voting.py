@@ -60,7 +60,7 @@ def test_the_winner_is_that_of_a_recount(client: openai.OpenAI, route: str) -> N
 
 @pytest.mark.parametrize("route", ["chat", "completions"])
 def test_a_stream_tells_of_every_sample_and_then_the_winner(client: openai.OpenAI, route: str) -> None:
-    body = {"self_consistency": {**VOTING, "weight": "logprob"}, "return_token_ids": True}
+    body = {"self_consistency": {**VOTING, "weight": "logprob"}, "return_token_ids": True, "explain": True}
     logprobs: Any = {"logprobs": True} if route == "chat" else {"logprobs": 0}
     whole = create(client, route, extra_body=body, **logprobs)
     options = {"stream": True, "stream_options": {"include_usage": True}}
@@ -77,6 +77,7 @@ def test_a_stream_tells_of_every_sample_and_then_the_winner(client: openai.OpenA
     assert "".join(new_text(chunk.choices[0]) for chunk in chunks) == text_of(whole.choices[0])
     token_ids = [token for chunk in chunks for token in getattr(chunk.choices[0], "token_ids", [])]
     assert token_ids == whole.choices[0].token_ids
+    assert [entry["token_id"] for entry in whole.choices[0].explanation] == token_ids
     assert set(outcome["weights"]) == set(outcome["counts"])
     assert all(0 < outcome["weights"][given] <= votes for given, votes in outcome["counts"].items())
 
