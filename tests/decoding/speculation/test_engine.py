@@ -67,6 +67,12 @@ def test_a_model_that_drafts_for_itself_is_always_right(same_model: Engine, opti
     assert counts.accepted == counts.drafted
 
 
+def test_it_is_right_for_branches_that_share_their_prompts_last_block(same_model: Engine) -> None:
+    assert len(PROMPT) % 16 != 0
+    counts = counted(same_model, n=4, max_tokens=20)
+    assert counts.accepted == counts.drafted > 20
+
+
 def test_it_is_right_under_a_constraint_too(same_model: Engine) -> None:
     """It draws under the same masks; runs without alternative come without being drafted."""
     schema = ConstraintSpec.json_schema({"type": "array", "items": {"type": "integer"}, "minItems": 9})

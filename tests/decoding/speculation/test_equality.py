@@ -62,6 +62,7 @@ CASES = {
     "explained": Case({"allowed_token_ids": FEW}, explain=True),
     "regex": Case({}, ConstraintSpec.regex(r"(abcabcabd ){2}[a-c]{10,20}(xyz){3}")),
     "regex scored": Case({"logprobs": 2}, ConstraintSpec.regex(r"(abcabcabd ){2}[a-c]{10,20}(xyz){3}")),
+    "runs": Case({}, ConstraintSpec.regex(r"([xy] one two three four five six seven; ){5}[a-z]{12}")),
     "choice": Case({"logprobs": 1}, ConstraintSpec.choice(["to be or not to be", "to be or not to bee"])),
     "schema": Case({}, ConstraintSpec.json_schema(SCHEMA)),
     "schema scored": Case({"logprobs": 1, "temperature": 0.0}, ConstraintSpec.json_schema(SCHEMA)),
@@ -102,6 +103,8 @@ def solo(engine: Engine, compiler: Engine, name: str, **more: Any) -> Any:
 
 
 def budgets(name: str) -> list[dict[str, Any]]:
+    if name == "runs":
+        return [{"max_tokens": 90, "seed": seed} for seed in range(3)]
     if CASES[name].constraint is None:
         return [{}]
     return [{"max_tokens": max_tokens} for max_tokens in CONSTRAINED_MAX_TOKENS]
