@@ -9,8 +9,10 @@ import pytest
 from cadenza.decoding import Engine, GenerationRequest, RequestStream, SamplingParams
 from cadenza.decoding.completion import CompletionChoice, collect
 from cadenza.decoding.constraints.spec import ConstraintSpec
-from cadenza.decoding.request import Delta, Event
-from cadenza.decoding.strategies.spec import BestOf, StrategySpec
+from cadenza.decoding.request import Delta, Event, VoteProgress
+from cadenza.decoding.strategies.spec import BeamSearch, BestOf, ContrastiveSearch, StrategySpec
+from cadenza.decoding.voting.answer import LastNumber
+from cadenza.decoding.voting.spec import SelfConsistency
 
 PROMPT = (*range(1000, 1080), *range(1000, 1030))
 FEW = tuple(range(300, 312))
@@ -59,6 +61,15 @@ CASES = {
     "mirostat": Case({"mirostat": 2, "mirostat_tau": 3.0, "logprobs": 1}),
     "four": Case({"n": 4, "allowed_token_ids": FEW, "logprobs": 1}),
     "best of": Case({"n": 2, "allowed_token_ids": FEW}, strategy=BestOf(best_of=5)),
+    "vote": Case(
+        {"logprobs": 0},
+        ConstraintSpec.regex(r"[a-z]{4,12}, so the answer is number [1-3]\."),
+        SelfConsistency(n=7, answer=LastNumber(), weight="logprob"),
+    ),
+    "beams": Case({}, ConstraintSpec.regex(r"[a-z]{9} one two three [a-z]{4}"), BeamSearch(num_beams=3)),
+    "contrastive": Case(
+        {"temperature": 0.0}, strategy=ContrastiveSearch(penalty_alpha=0.6, top_k=3), explain=True
+    ),
     "explained": Case({"allowed_token_ids": FEW}, explain=True),
     "regex": Case({}, ConstraintSpec.regex(r"(abcabcabd ){2}[a-c]{10,20}(xyz){3}")),
     "regex scored": Case({"logprobs": 2}, ConstraintSpec.regex(r"(abcabcabd ){2}[a-c]{10,20}(xyz){3}")),
@@ -95,7 +106,8 @@ def answer(events: Sequence[Event]) -> tuple[list[CompletionChoice], list[Any]]:
     choices = collect(deltas, 1 + max(delta.index for delta in deltas)).choices
     explained = [(delta.index, delta.explanations) for delta in deltas if delta.explanations is not None]
     explained.sort(key=lambda pair: pair[0])
-    return choices, explained
+    votes = [event for event in events if isinstance(event, VoteProgress) and event.is_final]
+    return choices, [explained, votes]
 
 
 def solo(engine: Engine, compiler: Engine, name: str, **more: Any) -> Any:
