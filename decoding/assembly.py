@@ -32,8 +32,10 @@ class Assembly:
 
 def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None = None) -> Assembly:
     """Takes the models over. Raises ModelError where they, or the configuration, cannot work."""
+    relative_size = 0.0
     if draft is not None:
         _check_vocabulary(model, draft)
+        relative_size = _num_parameters(draft) / _num_parameters(model)  # of both before they are packed
     shapes = _replace_layers(model, config.block_size)
     draft_shapes = [] if draft is None else _replace_layers(draft, config.block_size)
     num_blocks = plan_blocks(config, model, [*shapes, *draft_shapes])
@@ -45,6 +47,7 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
     )
     pipeline = LogitsPipeline(model.tokenizer.vocab_size, config.logprobs_mode)
     drafter: Drafter | None = NgramDrafter() if config.speculative == NGRAM else None
+    step_cost = CPU_COST if model.device.type == "cpu" else GPU_COST
     if draft is not None:
         draft_cache = KVCache(draft_shapes, num_blocks, config.block_size, draft.dtype, draft.device)
         drafter = DraftModelDrafter(
@@ -53,6 +56,7 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
             pipeline,
             _vocab_size(model),
             min(draft.max_model_len, probe.longest_independent_context(draft.config) or draft.max_model_len),
+            step_cost.least * relative_size,
         )
     core = EngineCore(
         pool,
@@ -60,14 +64,13 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
         ModelRunner(model.module, cache, model.device),
         pipeline,
         BitmaskFiller(_vocab_size(model)),
-        Speculator(
-            scheduler,
-            drafter,
-            config.num_speculative_tokens,
-            CPU_COST if model.device.type == "cpu" else GPU_COST,
-        ),
+        Speculator(scheduler, drafter, config.num_speculative_tokens, step_cost),
     )
     return Assembly(core, num_kv_tokens, _context_length(model, num_kv_tokens))
+
+
+def _num_parameters(model: LoadedModel) -> int:
+    return sum(parameter.numel() for parameter in model.module.parameters())
 
 
 def _vocab_size(model: LoadedModel) -> int:

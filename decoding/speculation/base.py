@@ -24,6 +24,8 @@ class Wish:
 
     num_tokens: int
     acceptance: float
+    cost: float = 0.0
+    """Of drafting one of them, in the units of `StepCost`."""
 
 
 class Drafter(Protocol):

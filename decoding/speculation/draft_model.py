@@ -50,12 +50,15 @@ class DraftModelDrafter:
         pipeline: LogitsPipeline,
         vocab_size: int,
         max_model_len: int,
+        pass_cost: float,
     ) -> None:
+        """pass_cost: of one forward pass, in the units of `StepCost`."""
         self._runner = runner
         self._cache = cache
         self._pipeline = pipeline
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        self._pass_cost = pass_cost
         self._shadows: dict[Branch, _Shadow] = {}
 
     def wish(self, branch: Branch, limit: int) -> Wish | None:
@@ -64,7 +67,8 @@ class DraftModelDrafter:
             return None
         shadow = self._shadows.get(branch)
         trust = Trust(*_FIRST_TRUST) if shadow is None else shadow.trust
-        return Wish(num_tokens, trust.acceptance)
+        cost = self._pass_cost / max(1, len(self._shadows))  # branches are drafted for together
+        return Wish(num_tokens, trust.acceptance, cost)
 
     def propose(self, step: Step, room: Mapping[Branch, int], owners: Owners) -> dict[Branch, list[int]]:
         self._cache.copy_blocks(step.copies)

@@ -51,14 +51,18 @@ class MasksAhead:
         self._num_words = -(-vocab_size // _WORD_BITS)
         self._ahead: dict[Branch, _Ahead] = {}
         for branch in branches:
-            matcher = None if branch.matcher is None else branch.matcher.fork()
             owner = owners[branch]
+            try:
+                matcher = None if branch.matcher is None else branch.matcher.fork()
+            except BaseException:
+                continue
             self._ahead[branch] = _Ahead(matcher, owner.remaining(branch), owner.eos_token_ids)
 
     def fill(self, branches: Sequence[Branch]) -> tuple[Tensor | None, dict[Branch, int | None]]:
         """A bitmask, and the row in it of each of `branches` that can be drawn for; None: it has no constraint."""
-        constrained = [branch for branch in branches if self._ahead[branch].matcher is not None]
-        row_of: dict[Branch, int | None] = {branch: None for branch in branches if branch not in constrained}
+        known = [branch for branch in branches if branch in self._ahead]
+        constrained = [branch for branch in known if self._ahead[branch].matcher is not None]
+        row_of: dict[Branch, int | None] = {branch: None for branch in known if branch not in constrained}
         if not constrained:
             return None, row_of
         words = np.zeros((len(constrained), self._num_words), np.int32)

@@ -38,7 +38,7 @@ def share_rows(
 ) -> dict[Key, int]:
     """So many drafts for each wish. The step has `num_rows` rows as it is, and brings `num_tokens` tokens."""
     granted: dict[Key, int] = {}
-    gain = float(num_tokens)
+    gain, spent = float(num_tokens), 0.0
     keys = list(wishes)
     # the probability that a draft and all before it are right
     heap = [(-wish.acceptance, number) for number, wish in enumerate(wishes.values()) if wish.num_tokens > 0]
@@ -46,10 +46,10 @@ def share_rows(
     while heap:
         negative, number = heap[0]
         key, value = keys[number], -negative
-        cost, more = step_cost(num_rows), step_cost(num_rows + 1)
+        cost, more = step_cost(num_rows) + spent, step_cost(num_rows + 1) + spent + wishes[key].cost
         if value * cost <= gain * (more - cost):
             break
-        num_rows, gain = num_rows + 1, gain + value
+        num_rows, gain, spent = num_rows + 1, gain + value, spent + wishes[key].cost
         granted[key] = granted.get(key, 0) + 1
         if granted[key] == wishes[key].num_tokens:
             heapq.heappop(heap)

@@ -94,6 +94,12 @@ def test_a_lookup_is_right_where_the_answer_repeats_itself(ngram: Engine) -> Non
     assert counted(ngram, temperature=1.0, n=1).accepted < 10
 
 
+def test_a_model_as_large_as_the_one_it_drafts_for_is_not_asked(tiny_model: LoadedModel) -> None:
+    config = EngineConfig(kv_cache_memory_gb=0.02, speculative="itself")
+    with Engine(tiny_model, config, draft=tiny_model) as engine:
+        assert counted(engine) == Counts(0, 0, 0)
+
+
 @pytest.mark.parametrize("options", [{"mirostat": 2}, {"mirostat": 1}])
 def test_samplers_with_a_memory_are_left_alone(ngram: Engine, options: dict[str, Any]) -> None:
     assert counted(ngram, **options) == Counts(0, 0, 0)
@@ -199,6 +205,8 @@ def cramped(tiny_model: LoadedModel) -> Iterator[Engine]:
         num_speculative_tokens=4,
     )
     with Engine(tiny_model, config, draft=tiny_model) as running:
+        drafting: Any = running._core._speculator._drafter
+        drafting._pass_cost = 0.0
         yield running
 
 
@@ -272,6 +280,8 @@ def test_a_shorter_context_of_the_draft_model_only_ends_its_drafts(
     draft = dataclasses.replace(tiny_model, max_model_len=130)
     config = EngineConfig(kv_cache_memory_gb=0.02, speculative="itself", num_speculative_tokens=4)
     with Engine(tiny_model, config, draft=draft) as engine:
+        drafting: Any = engine._core._speculator._drafter
+        drafting._pass_cost = 0.0
         assert ask(engine, max_tokens=100) == ask(plain, max_tokens=100)
         assert 0 < engine.stats().spec_decode_num_accepted_tokens < 25
         long = tuple(range(2000, 2150))

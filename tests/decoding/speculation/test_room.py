@@ -84,7 +84,7 @@ def test_a_fork_gets_no_block_that_is_for_drafts_only(new_branch: NewBranch) -> 
     branch.token_ids.append(2)
     fork = branch.fork(1, 1)
     assert fork.block_table == branch.block_table[:1]
-    room.scheduler.add_fork(fork)
+    room.scheduler.replace([], [fork])
     room.settle(branch, [], 0)
     for each in (branch, fork):
         room.scheduler.remove(each)

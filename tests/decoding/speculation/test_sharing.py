@@ -14,13 +14,15 @@ def goodput(
         sum(wish.acceptance**number for number in range(1, share + 1))
         for wish, share in zip(wishes, shares, strict=True)
     ]
-    return (num_tokens + sum(expected)) / cost(num_rows + sum(shares))
+    drafting = sum(wish.cost * share for wish, share in zip(wishes, shares, strict=True))
+    return (num_tokens + sum(expected)) / (cost(num_rows + sum(shares)) + drafting)
 
 
 def test_no_other_shares_bring_more() -> None:
     rng = random.Random(4)
     for _ in range(200):
-        wishes = [Wish(rng.randrange(4), rng.choice([0.05, 0.3, 0.6, 0.9, 1.0])) for _ in range(3)]
+        drafting = rng.choice([0.0, 0.0, 0.5, 3.0])
+        wishes = [Wish(rng.randrange(4), rng.choice([0.05, 0.3, 0.6, 0.9, 1.0]), drafting) for _ in range(3)]
         num_tokens = rng.randrange(3, 12)
         num_rows = num_tokens + rng.choice([0, 64])
         cost = StepCost(rng.choice([0, 10, 20]), rng.choice([1, 4, 12]))
@@ -39,6 +41,11 @@ def test_one_branch_alone_may_draft_what_many_may_not() -> None:
     many = dict.fromkeys(range(32), unlikely)
     assert not share_rows(many, 32, 32, CPU_COST)
     assert share_rows({**many, 0: Wish(2, 0.95)}, 32, 32, CPU_COST) == {0: 2}
+
+
+def test_a_draft_model_as_dear_as_the_model_is_not_asked() -> None:
+    assert share_rows({"a": Wish(8, 0.99)}, 1, 1, CPU_COST) == {"a": 8}
+    assert share_rows({"a": Wish(8, 0.99, cost=CPU_COST.least)}, 1, 1, CPU_COST) == {}
 
 
 def test_what_is_certain_is_always_worth_its_row() -> None:
