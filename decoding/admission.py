@@ -28,6 +28,7 @@ def admit(
     model: LoadedModel,
     config: EngineConfig,
     max_model_len: int,
+    num_kv_tokens: int,
     arrival: int,
     seed: int,
     stream: RequestStream,
@@ -47,7 +48,7 @@ def admit(
         wanted = getattr(params, name)
         if wanted is not None and wanted > config.max_logprobs:
             raise RequestError(f"{name} must be at most {config.max_logprobs}, got {wanted}", name)
-    strategy = strategy_of(request, config)
+    strategy = strategy_of(request, max_tokens, config, num_kv_tokens)
     root = Branch(
         order=(request.priority, arrival, 0),
         index=0,

@@ -67,7 +67,8 @@ class EngineCore:
     def remove(self, generation: Generation) -> None:
         """Forget a request, finished or not, and free all that its branches hold."""
         for branch in [branch for branch, owner in self._generations.items() if owner is generation]:
-            self._drop(branch)
+            self.scheduler.remove(branch)
+            self._forget(branch)
 
     def fail(self, generation: Generation, error: Exception) -> None:
         self.remove(generation)
@@ -232,15 +233,14 @@ class EngineCore:
             self._deliver(generation)
 
     def _sync(self, generation: Generation) -> None:
-        """Take on the branches that a strategy has made, then let go of those that it is done with."""
-        for branch in generation.forked:
+        """Take on the branches that a strategy has made, and let go of those that it is done with."""
+        for branch in (*generation.forked, *generation.restarted):
             self._generations[branch] = generation
-            self.scheduler.add_fork(branch)
+        self.scheduler.replace(generation.retired, generation.forked)
         for branch in generation.restarted:
-            self._generations[branch] = generation
             self.scheduler.add(branch)
         for branch in generation.retired:
-            self._drop(branch)
+            self._forget(branch)
         for branches in (generation.forked, generation.restarted, generation.retired):
             branches.clear()
 
@@ -248,8 +248,7 @@ class EngineCore:
         generation.deliver()
         self._delivered.append(generation.stream)
 
-    def _drop(self, branch: Branch) -> None:
+    def _forget(self, branch: Branch) -> None:
         del self._generations[branch]
         self._hidden.pop(branch, None)
         self._speculator.forget(branch)
-        self.scheduler.remove(branch)

@@ -124,6 +124,7 @@ class Engine:
             model=self.model,
             config=self.config,
             max_model_len=self.max_model_len,
+            num_kv_tokens=self.num_kv_tokens,
             arrival=number,
             seed=self._seed(request.sampling, number),
             stream=stream,

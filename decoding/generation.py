@@ -140,13 +140,10 @@ class Generation:
         return banned
 
     def advance(self, results: Sequence[Result]) -> None:
-        """Apply one step's results. Raises RequestError or RequestFailed if a branch has no token to go on with."""
-        for result in results:
-            if result.choice.token_id is None and not result.choice.candidates:
-                raise self._no_token()
+        """Apply one step's results. Raises RequestError or RequestFailed if there is no token to go on with."""
         self.strategy.advance(results, self)
 
-    def _no_token(self) -> Exception:
+    def no_token(self) -> Exception:
         params = self.request.sampling
         for name in ("allowed_token_ids", "bad_words", "min_tokens"):
             if getattr(params, name):
@@ -159,7 +156,9 @@ class Generation:
         """Hand the step's events to the stream, without waking who awaits them. is_cut_off: an error comes after them,
         although all branches may have ended."""
         events, self._events = self._events, []
-        self.stream.put(events, is_last=self.is_finished and not is_cut_off)
+        is_last = self.is_finished and not is_cut_off
+        if events or is_last:  # a search may have nothing to say for many steps
+            self.stream.put(events, is_last=is_last)
 
     # what the strategy does
 
@@ -191,7 +190,8 @@ class Generation:
     def take(self, result: Result) -> None:
         """Append the token drawn, or the one that the constraint needs in its place."""
         branch, drawn = result.branch, result.choice.token_id
-        assert drawn is not None
+        if drawn is None:
+            raise self.no_token()
         if branch.pending:
             self.append(branch, replace(result.scored(branch.pending.pop(0)), decision="forced"))
         elif (token_id := self.accept(branch, drawn)) == drawn:

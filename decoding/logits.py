@@ -72,11 +72,15 @@ class LogitsPipeline:
 
     def _search_scores(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None) -> Tensor:
         """[R, V] log-probabilities that a strategy compares."""
-        raw = _gather(logits, rows)
-        normalized = torch.tensor([row.candidates is None or row.candidates.normalized for row in rows])
-        scores = torch.where(normalized[:, None].to(raw.device), raw, raw.log_softmax(dim=-1))
+        scores = _gather(logits, rows)
+        is_normalized = [row.candidates is None or row.candidates.normalized for row in rows]
+        normalized = torch.tensor(is_normalized, device=scores.device)
+        if not all(is_normalized):
+            scores[~normalized] = scores[~normalized].log_softmax(dim=-1)
         scores = self._process(scores, rows, bitmask)
-        return torch.where(normalized[:, None].to(raw.device), scores.log_softmax(dim=-1), scores)
+        if any(is_normalized):
+            scores[normalized] = scores[normalized].log_softmax(dim=-1)
+        return scores
 
     def _process(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None) -> Tensor:
         """In place: what may come, and how much of it."""

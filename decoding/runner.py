@@ -56,7 +56,7 @@ class ModelRunner:
         self._selects_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
         self._hidden: Tensor | None = None
         self._keeps_hidden = False
-        module.base_model.register_forward_hook(self._keep_hidden)
+        module.get_decoder().register_forward_hook(self._keep_hidden)
 
     def _keep_hidden(self, _module: Any, _inputs: Any, output: Any) -> None:
         if self._keeps_hidden:

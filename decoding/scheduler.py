@@ -12,7 +12,7 @@ Knows branches and block ids; no tensors, no tokens' meaning.
 """
 
 import bisect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cadenza.decoding.attention import TILE
@@ -73,16 +73,24 @@ class Scheduler:
         """Let a new branch wait for its turn."""
         bisect.insort(self.waiting, branch, key=_order)
 
-    def add_fork(self, fork: Branch) -> None:
-        """Take on a branch that shares its parent's blocks; where there is no room for it, it waits without them."""
+    def replace(self, retired: Iterable[Branch], forks: Sequence[Branch]) -> None:
+        """Let go of branches, and take on forks of theirs or of others, which share their parents' blocks. A fork for
+        which there is no seat waits without them."""
+        for fork in forks:
+            self._pool.share(fork.block_table)
+        for branch in retired:
+            self.remove(branch)
+        for fork in forks:
+            self._seat(fork)
+
+    def _seat(self, fork: Branch) -> None:
         is_computed = fork.num_computed > 0  # not so if the parent has lost its blocks in this very step
         if is_computed and len(self.running) == self._max_num_seqs and self.running[-1].order > fork.order:
             self._preempt(self.running[-1])
         if is_computed and len(self.running) < self._max_num_seqs:
-            self._pool.share(fork.block_table)
             bisect.insort(self.running, fork, key=_order)
         else:
-            fork.block_table, fork.num_computed, fork.num_published = [], 0, 0
+            self._release(fork)
             self.add(fork)
 
     def remove(self, branch: Branch) -> None:

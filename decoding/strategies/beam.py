@@ -41,22 +41,6 @@ def check_beam_search(spec: BeamSearch, sampling: SamplingParams, max_num_seqs: 
         )
 
 
-def check_room(
-    spec: BeamSearch, num_prompt_tokens: int, max_tokens: int, num_kv_tokens: int, block_size: int
-) -> None:
-    """Raises RequestError where the KV cache cannot hold all beams at full length at once: the prompt's whole blocks,
-    and what each beam has of its own."""
-    num_shared = num_prompt_tokens // block_size
-    num_own = -(-(num_prompt_tokens + max_tokens) // block_size) - num_shared
-    needed = (num_shared + spec.num_beams * num_own) * block_size
-    if needed > num_kv_tokens:
-        raise RequestError(
-            f"num_beams is {spec.num_beams}: so many beams of up to {max_tokens} tokens need a KV cache of"
-            f" {needed} tokens together with the prompt, and it holds {num_kv_tokens}; lower num_beams or max_tokens",
-            "num_beams",
-        )
-
-
 @dataclass(slots=True)
 class BeamBranches:
     spec: BeamSearch
@@ -149,6 +133,8 @@ class BeamBranches:
 
     def _send_best(self, generation: "Generation") -> None:
         best = self._search.complete[: self.n]
+        if not best:
+            raise generation.no_token()
         del best[0].item.unsent[: self._num_sent]
         for index, hypothesis in enumerate(best):
             generation.send(hypothesis.item, index, score=hypothesis.score)

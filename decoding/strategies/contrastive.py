@@ -163,6 +163,8 @@ class ContrastiveBranches:
         """One for each token that may come next. Where the budget forbids several tokens, the same one takes the place
         of all of them, with the probability of the likeliest."""
         line, pairs = result.branch, result.choice.candidates
+        if not pairs:
+            raise generation.no_token()
         branches = [line, *(generation.fork(line) for _ in pairs[1:])]
         candidates: dict[int, _Candidate] = {}
         for rank, (branch, (wanted, logprob)) in enumerate(zip(branches, pairs, strict=True)):

@@ -7,20 +7,26 @@ from cadenza.decoding.strategies.beam import BeamBranches, check_beam_search
 from cadenza.decoding.strategies.best_of import RankedBranches
 from cadenza.decoding.strategies.contrastive import ContrastiveBranches
 from cadenza.decoding.strategies.independent import IndependentBranches
+from cadenza.decoding.strategies.room import Room
 from cadenza.decoding.strategies.self_consistency import VotingBranches
 from cadenza.decoding.strategies.spec import BeamSearch, BestOf, ContrastiveSearch, check_search
 from cadenza.decoding.voting.spec import SelfConsistency
 
 
-def strategy_of(request: GenerationRequest, config: EngineConfig) -> Strategy:
+def strategy_of(
+    request: GenerationRequest, max_tokens: int, config: EngineConfig, num_kv_tokens: int
+) -> Strategy:
     """Raises RequestError where the request's other fields, or the engine's size, exclude its strategy."""
+    room, num_prompt = Room(num_kv_tokens, config.block_size), len(request.prompt_token_ids)
     match request.strategy:
         case None:
             return IndependentBranches(request.sampling.n)
         case BeamSearch() as spec:
             check_beam_search(spec, request.sampling, config.max_num_seqs)
+            room.check("num_beams", spec.num_beams, num_prompt, max_tokens)
             return BeamBranches(spec, request.sampling.n)
         case ContrastiveSearch() as spec:
+            room.check("top_k", spec.top_k, num_prompt + max_tokens, 1)
             return _contrastive(spec, request, config)
         case BestOf() as spec:
             return _best_of(spec, request)

@@ -162,13 +162,13 @@ def test_priority_goes_before_arrival(start: Callable[..., Engine]):
     first = submit(engine, **SHORT)
     assert gate.reached.wait(DEADLINE)
     finished: list[str] = []
-    original = engine._core._drop
+    original = engine._core._forget
 
     def drop(branch: Any) -> None:
         finished.append(engine._core._generations[branch].request.request_id)
         original(branch)
 
-    engine._core._drop = drop  # type: ignore[method-assign]
+    engine._core._forget = drop  # type: ignore[method-assign]
     streams = [
         engine.submit(
             GenerationRequest(

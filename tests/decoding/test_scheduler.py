@@ -128,7 +128,7 @@ class Simulation:
             job.branches = [branch, *(branch.fork(index, index) for index in range(1, job.n))]
             for fork in job.branches[1:]:
                 self.jobs[fork] = job
-                self.scheduler.add_fork(fork)
+                self.scheduler.replace([], [fork])
             ready = [each for each in job.branches if self.scheduler.is_running(each)]
         for each in ready:
             each.token_ids.append(1000 * (each.index + 1) + each.num_generated)
@@ -430,7 +430,7 @@ class SearchSimulation(Simulation):
             for at, parent in enumerate(parents)
         ]
         for fork in [beam for beam in beams if beam not in job.branches]:
-            self.scheduler.add_fork(fork)
+            self.scheduler.replace([], [fork])
         for lost in [beam for beam in job.branches if beam not in beams]:
             self.scheduler.remove(lost)
             self.finished.append(lost)

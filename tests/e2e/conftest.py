@@ -1,6 +1,8 @@
 """A live server with the real model on a real socket: the same app and the same uvicorn as `cadenza serve`."""
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +39,33 @@ def base_url(live_engine: Engine) -> Iterator[str]:
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.stop()
     thread.join()
+
+
+@pytest.fixture(scope="session")
+def speculating_url() -> Iterator[str]:
+    """The same model with `--speculative ngram`, in a process of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    command = [
+        sys.executable,
+        "-m",
+        "cadenza.server.cli",
+        "serve",
+        "smollm2",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
+    options = ["--kv-cache-memory-gb", "0.5", "--host", "127.0.0.1", "--port", port, "--speculative", "ngram"]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("ready"):
+                break
+        assert process.poll() is None, "the server has ended"
+        yield f"http://127.0.0.1:{port}"
+        process.terminate()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ import pytest
 from cadenza.decoding import Delta, Engine, EngineConfig, GenerationRequest, RequestError, SamplingParams
 from cadenza.decoding.completion import Completion
 from cadenza.decoding.constraints.spec import ConstraintSpec
-from cadenza.decoding.strategies.beam import BeamBranches, check_room
+from cadenza.decoding.strategies.beam import BeamBranches
+from cadenza.decoding.strategies.room import Room
 from cadenza.decoding.strategies.spec import BeamSearch
 from cadenza.models import LoadedModel
 
@@ -233,7 +234,7 @@ def test_short_of_blocks(tiny: Engine, tiny_model: LoadedModel):
     """Beams are preempted and recomputed; the answer is the same, and every block is free in the end."""
     fields = {"max_tokens": 60, "ignore_eos": True, "logprobs": 2}
     prompts = [list(PROMPT), list(PROMPT[::-1]), list(PROMPT[:5])]
-    with Engine(tiny_model, EngineConfig(max_num_seqs=12, kv_cache_memory_gb=0.00012)) as small:
+    with Engine(tiny_model, EngineConfig(max_num_seqs=12, kv_cache_memory_gb=0.00014)) as small:
         for spec in (BeamSearch(num_beams=5), GROUPS):
             shared = {"strategy": spec, "n": spec.num_beams, **fields}
             expected = [tiny.generate(prompt, **shared) for prompt in prompts]
@@ -307,9 +308,8 @@ def test_refusals_name_the_field(tiny: Engine, spec: dict[str, Any], fields: dic
 
 
 def test_room_for_all_beams_at_full_length():
-    """A prompt of 40 tokens: two whole blocks of 16 are shared, and each beam has the third and four more."""
-    spec = BeamSearch(num_beams=3)
-    check_room(spec, 40, 70, num_kv_tokens=(2 + 3 * 5) * 16, block_size=16)
+    """A prompt of 72 tokens: a tile, four blocks of 16, is shared, and each beam has five more."""
+    Room(num_kv_tokens=(4 + 3 * 5) * 16, block_size=16).check("num_beams", 3, 72, 70)
     with pytest.raises(RequestError, match="num_beams is 3") as refused:
-        check_room(spec, 40, 70, num_kv_tokens=(2 + 3 * 5) * 16 - 1, block_size=16)
+        Room(num_kv_tokens=(4 + 3 * 5) * 16 - 1, block_size=16).check("num_beams", 3, 72, 70)
     assert refused.value.param == "num_beams"

@@ -76,13 +76,7 @@ def tiny_models() -> ModuleType:
     return module
 
 
-NO_STATES = pytest.mark.xfail(reason="the runner sees no hidden states of OPT, which bypasses its base model")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=NO_STATES if name == "OPT" else ()) for name in GOLDENS if name != "smollm2"],
-)
+@pytest.mark.parametrize("name", [name for name in GOLDENS if name != "smollm2"])
 def test_tiny_models_of_many_architectures_give_transformers_tokens(
     smollm2: LoadedModel, tiny_models: ModuleType, name: str
 ) -> None:
