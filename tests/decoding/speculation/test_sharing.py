@@ -40,7 +40,7 @@ def test_one_branch_alone_may_draft_what_many_may_not() -> None:
     assert share_rows({"a": unlikely}, 1, 1, CPU_COST)
     many = dict.fromkeys(range(32), unlikely)
     assert not share_rows(many, 32, 32, CPU_COST)
-    assert share_rows({**many, 0: Wish(2, 0.95)}, 32, 32, CPU_COST) == {0: 2}
+    assert share_rows({**many, 0: Wish(2, 0.99)}, 32, 32, CPU_COST) == {0: 2}
 
 
 def test_a_draft_model_as_dear_as_the_model_is_not_asked() -> None:
