@@ -10,7 +10,16 @@ from typing import Any
 from cadenza.models.errors import ModelError
 
 FILE_NAME = "generation_config.json"
-SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
+SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+)
 
 
 def read_generation_config(path: Path) -> dict[str, Any]:
