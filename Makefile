@@ -35,7 +35,7 @@ wheel-test: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --outdir dist .
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/pip install --quiet "$$(ls dist/*.whl)[test]"
-	$(VENV)-wheel/bin/pytest tests/test_packaging.py tests/e2e
+	$(VENV)-wheel/bin/pytest tests/test_packaging.py $(addprefix tests/e2e/test_,process.py openai_client.py examples.py)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -15,6 +15,8 @@ from cadenza.decoding.dry import Dry, find_breakers
 from cadenza.decoding.generation import Generation
 from cadenza.decoding.request import GenerationRequest, RequestError, SamplingParams
 from cadenza.decoding.strategies.factory import strategy_of
+from cadenza.decoding.strategies.room import Room
+from cadenza.decoding.strategies.spec import BeamSearch
 from cadenza.decoding.stream import RequestStream
 from cadenza.models import LoadedModel, Tokenizer
 
@@ -40,7 +42,8 @@ def admit(
     _check_ids("logit_bias", params.logit_bias, vocab_size)
     _check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
     _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
-    max_tokens = _max_tokens(request, max_model_len)
+    room = Room(num_kv_tokens, config.block_size)
+    max_tokens = _max_tokens(request, max_model_len, room)
     if request.constraint is not None:
         check_combination(params, model.eos_token_ids)
         _check_shortest(request.constraint, max_tokens, params)
@@ -48,7 +51,7 @@ def admit(
         wanted = getattr(params, name)
         if wanted is not None and wanted > config.max_logprobs:
             raise RequestError(f"{name} must be at most {config.max_logprobs}, got {wanted}", name)
-    strategy = strategy_of(request, max_tokens, config, num_kv_tokens)
+    strategy = strategy_of(request, max_tokens, config, room)
     root = Branch(
         order=(request.priority, arrival, 0),
         index=0,
@@ -83,7 +86,7 @@ def _check_ids(param: str, ids: Iterable[int], vocab_size: int) -> None:
             )
 
 
-def _max_tokens(request: GenerationRequest, max_model_len: int) -> int:
+def _max_tokens(request: GenerationRequest, max_model_len: int, kv_room: Room) -> int:
     num_prompt, asked = len(request.prompt_token_ids), request.sampling.max_tokens
     room = max_model_len - num_prompt
     if num_prompt == 0:
@@ -107,6 +110,8 @@ def _max_tokens(request: GenerationRequest, max_model_len: int) -> int:
             f"min_tokens is {request.sampling.min_tokens}, but the context has room for {room} more tokens",
             "min_tokens",
         )
+    if asked is None and isinstance(request.strategy, BeamSearch):
+        return max(1, min(room, kv_room.longest(request.strategy.num_beams, num_prompt)))
     return room if asked is None else asked
 
 

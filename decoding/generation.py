@@ -164,7 +164,8 @@ class Generation:
 
     def fork(self, branch: Branch, index: int = 0) -> Branch:
         """A branch that shares `branch`'s past: its KV cache blocks, copied on write, and a clone of its matcher."""
-        fork = branch.fork(self._num_branches, index)
+        with _matching():
+            fork = branch.fork(self._num_branches, index)
         self._num_branches += 1
         self.live.append(fork)
         self.forked.append(fork)
@@ -312,7 +313,7 @@ def _matching() -> Iterator[None]:
         yield
     except RequestFailed:
         raise
-    except Exception as error:
+    except BaseException as error:  # a panic in native code is no Exception
         log.exception("a matcher failed")
         raise matcher_failed(error) from error
 

@@ -13,11 +13,9 @@ from cadenza.decoding.strategies.spec import BeamSearch, BestOf, ContrastiveSear
 from cadenza.decoding.voting.spec import SelfConsistency
 
 
-def strategy_of(
-    request: GenerationRequest, max_tokens: int, config: EngineConfig, num_kv_tokens: int
-) -> Strategy:
+def strategy_of(request: GenerationRequest, max_tokens: int, config: EngineConfig, room: Room) -> Strategy:
     """Raises RequestError where the request's other fields, or the engine's size, exclude its strategy."""
-    room, num_prompt = Room(num_kv_tokens, config.block_size), len(request.prompt_token_ids)
+    num_prompt = len(request.prompt_token_ids)
     match request.strategy:
         case None:
             return IndependentBranches(request.sampling.n)

@@ -310,6 +310,18 @@ def test_refusals_name_the_field(tiny: Engine, spec: dict[str, Any], fields: dic
 def test_room_for_all_beams_at_full_length():
     """A prompt of 72 tokens: a tile, four blocks of 16, is shared, and each beam has five more."""
     Room(num_kv_tokens=(4 + 3 * 5) * 16, block_size=16).check("num_beams", 3, 72, 70)
+    assert Room(num_kv_tokens=(4 + 3 * 5) * 16, block_size=16).longest(3, 72) == 5 * 16 - 8
     with pytest.raises(RequestError, match="num_beams is 3") as refused:
         Room(num_kv_tokens=(4 + 3 * 5) * 16 - 1, block_size=16).check("num_beams", 3, 72, 70)
     assert refused.value.param == "num_beams"
+
+
+def test_without_max_tokens_beams_may_grow_as_far_as_they_fit(tiny_model: LoadedModel):
+    with Engine(tiny_model, EngineConfig(max_num_seqs=4, kv_cache_memory_gb=0.0001)) as small:
+        assert small.max_model_len == 256
+        fields = {"strategy": BeamSearch(num_beams=4), "ignore_eos": True}
+        (choice,) = small.generate(PROMPT, **fields).choices
+        assert choice.finish_reason == "length"
+        assert 16 <= len(choice.token_ids) <= small.num_kv_tokens // 4
+        with pytest.raises(RequestError, match="lower num_beams or max_tokens"):
+            small.generate(PROMPT, **fields, max_tokens=len(choice.token_ids) + 1)
