@@ -47,6 +47,12 @@ class Step:
         return sum(span.end - span.start for span in self.spans)
 
 
+def _chunk_end(branch: Branch, start: int, budget: int) -> int:
+    """Up to where the branch's tokens from `start` on can be computed with `budget` of them."""
+    end = min(branch.num_tokens, start + budget)
+    return end - end % TILE if end < branch.num_prompt_tokens else end
+
+
 def _order(branch: Branch) -> tuple[int, int, int]:
     return branch.order
 
@@ -126,7 +132,7 @@ class Scheduler:
             budget -= self._schedule_chunk(branch, budget, step)
         while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
             branch = self.waiting[0]
-            if not self._admit(branch):
+            if not self._admit(branch, budget):
                 break
             budget -= self._schedule_chunk(branch, budget, step)
         return step
@@ -175,9 +181,7 @@ class Scheduler:
 
         A prompt is cut at tile boundaries only, so that its keys and values do not depend on where it was cut.
         """
-        end = min(branch.num_tokens, branch.num_computed + budget)
-        if end < branch.num_prompt_tokens:
-            end -= end % TILE
+        end = _chunk_end(branch, branch.num_computed, budget)
         if end <= branch.num_computed:
             return 0
         if branch.num_generated and not self._make_room(branch, end, step):  # a run of forced tokens
@@ -185,9 +189,13 @@ class Scheduler:
         step.spans.append(Span(branch, branch.num_computed, end))
         return end - branch.num_computed
 
-    def _admit(self, branch: Branch) -> bool:
-        """Give a waiting branch blocks for all its tokens, known ones first, and let it run."""
+    def _admit(self, branch: Branch, budget: int) -> bool:
+        """Give a waiting branch blocks for all its tokens, known ones first, and let it run; not before the budget
+        is enough to begin with it, as by the next step more of its prompt may be known."""
         hits = max(self._cached_blocks(branch), self._sibling_blocks(branch), key=len)
+        num_known = len(hits) * self._pool.block_size
+        if _chunk_end(branch, num_known, budget) <= num_known:
+            return False
         self._pool.share(hits)
         num_needed = -(-branch.num_tokens // self._pool.block_size) - len(hits)
         reserve = self._pool.num_blocks // 100 if self.running else 0  # so that it is not preempted at once
@@ -198,9 +206,9 @@ class Scheduler:
             self._pool.release(hits)
             return False
         self.prefix_cache_queries += branch.num_tokens
-        self.prefix_cache_hits += len(hits) * self._pool.block_size
+        self.prefix_cache_hits += num_known
         branch.block_table = hits + fresh
-        branch.num_computed = len(hits) * self._pool.block_size
+        branch.num_computed = num_known
         branch.num_published = min(len(hits), branch.num_prompt_tokens // self._pool.block_size)
         if branch.num_cached_tokens is None:
             branch.num_cached_tokens = branch.num_computed

@@ -1,10 +1,9 @@
 """Self-consistency (Wang et al. 2022): sample several answers, return the one that most of them agree on.
 
-Samples are begun in the order of their index, in waves: as many as could decide the vote at best, no more. Each wave
+Samples are begun in the order of their index, in waves, the first as many as could decide the vote at best. Each wave
 runs to its end, so that the outcome does not depend on which sample is computed faster. Sample i draws with the
 noise of choice i of a request for n choices, and so is the same text. All share the KV cache of one prompt; the end
-of the prompt that the prefix cache does not hold is computed once more per wave. A vote that stays open halves what is
-left with each wave: about log2(n) + 1 of them.
+of the prompt that the prefix cache does not hold is computed once more per wave.
 
 How answers are found and counted is the business of `voting`.
 """

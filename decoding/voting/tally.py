@@ -52,8 +52,20 @@ class Tally:
         return max(self.candidates.values(), key=lambda candidate: candidate.standing, default=None)
 
     def next_wave(self) -> int:
-        """How many samples to begin: the fewest after which the vote could be decided, should all of them agree with
-        the leader; 0: it is decided. Fewer could not decide it, whatever they say, so that none is begun in vain."""
+        """How many samples to begin; 0: it is decided. First as few as could decide. If those have not, half of what
+        is left, then the rest: an undecided vote takes three times as long as one sample, and not log n times. A rule
+        that decides earlier (`confidence`) doubles its samples instead."""
+        fewest = self.fewest_to_decision()
+        num_left = self.spec.n - self.num_samples
+        if fewest == 0 or self.num_samples == 0:
+            return fewest
+        if 4 * num_left <= self.spec.n:
+            return num_left
+        return max(fewest, min(-(-num_left // 2), self.num_samples))
+
+    def fewest_to_decision(self) -> int:
+        """The fewest further samples after which the vote could be decided, should all of them agree with the leader;
+        0: it is decided. Fewer could not decide it, whatever they say."""
         num_left = self.spec.n - self.num_samples
         if not self.spec.stop_when_decided:
             return num_left

@@ -269,7 +269,7 @@ def test_forks_beyond_the_limit_wait_and_compute_the_prompt_themselves():
 
 
 def test_a_prompt_hits_whole_tiles_but_never_its_last_token():
-    sim = Simulation(num_blocks=64)
+    sim = Simulation(num_blocks=64, budget=256)
     sim.add_prompt(prompt_of(128))
     sim.run()
     same, longer, other = (
@@ -504,3 +504,15 @@ def test_an_earlier_request_takes_the_seat_of_a_later_one():
     assert {branch.order[1] for branch in sim.scheduler.running} == {0}
     assert len(sim.scheduler.running) == 3
     sim.run()
+
+
+def test_equal_prompts_that_come_together_are_computed_once():
+    """What is left of the budget is no tile: who comes next waits a step, and then finds the prompt in the cache."""
+    sim = Simulation(num_blocks=64, budget=128)
+    for _ in range(4):
+        sim.add_prompt(prompt_of(100), num_new=2)
+    assert [planned(step) for step in sim.run()] == [
+        [(0, 0, 100)],
+        [(0, 100, 101), (1, 64, 100), (2, 64, 100), (3, 64, 100)],
+        [(1, 100, 101), (2, 100, 101), (3, 100, 101)],
+    ]

@@ -1,6 +1,7 @@
 """Votes against all ways in which they can go on: when they are decided, who wins, how many samples are begun."""
 
 import itertools
+import random
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
@@ -79,7 +80,7 @@ def test_waves_against_every_way_to_go_on(n: int, ballot: list[Vote]) -> None:
     for length in range(n + 1):
         for votes in itertools.product(ballot, repeat=length):
             tally = tally_of(votes, n, weight=weight)
-            assert tally.next_wave() == to_decision(votes), votes
+            assert tally.fewest_to_decision() == to_decision(votes), votes
             if len(results(votes)) == 1:
                 assert result_of(tally) == next(iter(results(votes))), votes
 
@@ -102,18 +103,33 @@ def test_the_order_in_which_samples_finish_changes_nothing() -> None:
 @pytest.mark.parametrize("min_samples", [1, 5, 8, 9, 12, 16])
 def test_at_least_min_samples_are_begun(min_samples: int) -> None:
     tally = Tally(spec(16, min_samples=min_samples))
-    assert tally.next_wave() == max(8, min_samples)
+    assert tally.fewest_to_decision() == max(8, min_samples)
     for index in range(3):
         tally.add(index, "a")
-    assert tally.next_wave() == max(5, min_samples - 3)
+    assert tally.fewest_to_decision() == max(5, min_samples - 3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 33, 128])
+def test_a_vote_takes_three_waves_at_most(n: int) -> None:
+    """As few as could decide, half of what is left, the rest; never fewer than could decide."""
+    for seed in range(20):
+        draw, tally, waves = random.Random(seed), Tally(spec(n)), []
+        while wave := tally.next_wave():
+            assert tally.fewest_to_decision() <= wave <= n - tally.num_samples
+            waves.append(wave)
+            for index in range(tally.num_samples, tally.num_samples + wave):
+                tally.add(index, draw.choice("abc"))
+        assert waves[0] == -(-n // 2)
+        assert len(waves) <= 3
+    assert n < 3 or len(waves) > 1
 
 
 def test_without_stopping_all_samples_are_one_wave() -> None:
     tally = Tally(spec(5, stop_when_decided=False))
-    assert tally.next_wave() == 5
+    assert tally.fewest_to_decision() == 5
     for index in range(4):
         tally.add(index, "a")
-    assert tally.next_wave() == 1
+    assert tally.fewest_to_decision() == 1
 
 
 def test_the_probability_of_a_majority_is_the_beta_distributions() -> None:
@@ -128,14 +144,14 @@ def test_the_adaptive_rule(confidence: float) -> None:
     fewest further votes for the leader that would bring it there."""
 
     def is_over(a: int, b: int, n: int) -> bool:
-        exact = tally_of([("a", Fraction(1))] * a + [("b", Fraction(1))] * b, n).next_wave() == 0
+        exact = tally_of([("a", Fraction(1))] * a + [("b", Fraction(1))] * b, n).fewest_to_decision() == 0
         return exact or beta.sf(0.5, a + 1, b + 1) >= confidence
 
     n = 14
     for a in range(n + 1):
         for b in range(min(a, n - a) + 1):
             votes = [("a", Fraction(1))] * a + [("b", Fraction(1))] * b
-            wave = tally_of(votes, n, confidence=confidence).next_wave()
+            wave = tally_of(votes, n, confidence=confidence).fewest_to_decision()
             if a:
                 assert wave == next(more for more in range(n) if is_over(a + more, b, n))
             else:
@@ -168,4 +184,4 @@ def test_a_weight_of_nothing_still_counts() -> None:
     tally.add(1, None)
     tally.add(2, None)
     assert result_of(tally) == ("a", 0)
-    assert tally.next_wave() == 0
+    assert tally.fewest_to_decision() == 0
