@@ -5,7 +5,8 @@
 
 beams         one request of width 4, against transformers' generate(num_beams=4) on the same weights: tokens per second
 samples       n = 16 over one prompt, against 16 requests that each compute the prompt, and 16 that find it cached
-voting        self-consistency over 16 samples that stops when decided, against all 16: seconds and tokens
+voting        self-consistency over 16 samples that stops when decided, against all 16: seconds and tokens,
+              on problems where the model mostly agrees with itself and where it does not
 speculation   `--speculative ngram`, on prompts whose answer repeats them, against none
 
 transformers and every engine run in a process of their own, as threads that compute in turn within one process wait for
@@ -34,6 +35,10 @@ NOTES = (
     "The harbour master wrote down every ship that came in. On Monday the Aurora brought timber from the north and"
     " left with salt. On Tuesday the Petrel brought wool and two passengers who had paid in silver. On Wednesday nobody"
     " came, because the wind had turned and the sea was high. On Thursday the Aurora returned without her foremast. "
+)
+EXAMPLES = (
+    "Answer like this. Kim has 5 hats and buys 2 more. How many hats has she now? 5 + 2 = 7."
+    " Kim has 4 hats and buys 3 more. How many hats has she now? 4 + 3 = 7. "
 )
 
 
@@ -203,27 +208,29 @@ def samples(children: dict[str, Child], rounds: int) -> Iterable[Row]:
         if number:
             apart.append(salted["seconds"] / together["seconds"])
             cached.append(shared["seconds"] / together["seconds"])
-    yield "n = 16 against 16 requests, each with its prompt", apart, "time", "a prompt of some 700 tokens"
+    yield "n = 16 against 16 requests, each with its prompt", apart, "time", "a prompt of 450 tokens"
     yield "n = 16 against 16 requests, prompt cached", cached, "time", ""
 
 
 def voting(children: dict[str, Child], rounds: int) -> Iterable[Row]:
-    ours, rng = children["cadenza"], random.Random(5)
-    seconds: list[float] = []
-    tokens: list[float] = []
-    for number in range(2 * rounds + 1):
-        a, b = rng.randrange(2, 9), rng.randrange(2, 9)
-        text = (
-            f"Tom has {a} apples and buys {b} more. How many apples has he now? Answer with the number only."
-        )
-        fields = {"text": text, "sampling": {"max_tokens": 32, "temperature": 0.5, "seed": number}}
-        stopping = ours([{**fields, "vote": {"n": 16}}])
-        whole = ours([{**fields, "vote": {"n": 16, "stop_when_decided": False}}])
-        if number:
-            seconds.append(whole["seconds"] / stopping["seconds"])
-            tokens.append(whole["num_generated"] / stopping["num_generated"])
-    yield "a vote of 16 that stops against all 16", seconds, "time", ""
-    yield "a vote of 16 that stops against all 16", tokens, "tokens", ""
+    ours = children["cadenza"]
+    for name, examples, temperature in (("agrees", EXAMPLES, 0.3), ("disagrees", "", 0.9)):
+        rng = random.Random(5)
+        seconds: list[float] = []
+        tokens: list[float] = []
+        for number in range(2 * rounds + 1):
+            a, b = rng.randrange(2, 9), rng.randrange(2, 9)
+            text = f"{examples}Tom has {a} apples and buys {b} more. How many apples has he now?"
+            sampling = {"max_tokens": 32, "temperature": temperature, "seed": number}
+            stopping = ours([{"text": text, "sampling": sampling, "vote": {"n": 16}}])
+            whole = ours(
+                [{"text": text, "sampling": sampling, "vote": {"n": 16, "stop_when_decided": False}}]
+            )
+            if number:
+                seconds.append(whole["seconds"] / stopping["seconds"])
+                tokens.append(whole["num_generated"] / stopping["num_generated"])
+        yield f"a vote that stops, of 16, where the model {name}", seconds, "time", ""
+        yield f"a vote that stops, of 16, where the model {name}", tokens, "tokens", ""
 
 
 def speculation(children: dict[str, Child], rounds: int) -> Iterable[Row]:
