@@ -36,10 +36,7 @@ NOTES = (
     " left with salt. On Tuesday the Petrel brought wool and two passengers who had paid in silver. On Wednesday nobody"
     " came, because the wind had turned and the sea was high. On Thursday the Aurora returned without her foremast. "
 )
-EXAMPLES = (
-    "Answer like this. Kim has 5 hats and buys 2 more. How many hats has she now? 5 + 2 = 7."
-    " Kim has 4 hats and buys 3 more. How many hats has she now? 4 + 3 = 7. "
-)
+EXAMPLES = [(5, 2), (4, 3), (6, 8)]
 
 
 # The other processes: a task per line in, an answer per line out.
@@ -74,7 +71,7 @@ class CadenzaChild:
         from cadenza.decoding import GenerationRequest, SamplingParams
         from cadenza.decoding.completion import prompt_token_ids
 
-        prompt = [{"role": "user", "content": fields["text"]}]
+        prompt = fields.get("messages") or [{"role": "user", "content": fields["text"]}]
         return GenerationRequest(
             request_id=str(number),
             prompt_token_ids=prompt_token_ids(self._engine.tokenizer, prompt),
@@ -214,23 +211,32 @@ def samples(children: dict[str, Child], rounds: int) -> Iterable[Row]:
 
 def voting(children: dict[str, Child], rounds: int) -> Iterable[Row]:
     ours = children["cadenza"]
-    for name, examples, temperature in (("agrees", EXAMPLES, 0.3), ("disagrees", "", 0.9)):
+    for name, temperature in (("mostly agrees", 0.3), ("disagrees", 1.5)):
         rng = random.Random(5)
         seconds: list[float] = []
         tokens: list[float] = []
-        for number in range(2 * rounds + 1):
-            a, b = rng.randrange(2, 9), rng.randrange(2, 9)
-            text = f"{examples}Tom has {a} apples and buys {b} more. How many apples has he now?"
-            sampling = {"max_tokens": 32, "temperature": temperature, "seed": number}
-            stopping = ours([{"text": text, "sampling": sampling, "vote": {"n": 16}}])
-            whole = ours(
-                [{"text": text, "sampling": sampling, "vote": {"n": 16, "stop_when_decided": False}}]
-            )
+        for number in range(3 * rounds + 1):
+            messages = [*_examples(), _problem(rng.randrange(2, 9), rng.randrange(2, 9))]
+            sampling = {"max_tokens": 12, "temperature": temperature, "seed": number, "stop": ["\n"]}
+            stopping = ours([{"messages": messages, "sampling": sampling, "vote": {"n": 16}}])
+            every = {"n": 16, "stop_when_decided": False}
+            whole = ours([{"messages": messages, "sampling": sampling, "vote": every}])
             if number:
                 seconds.append(whole["seconds"] / stopping["seconds"])
                 tokens.append(whole["num_generated"] / stopping["num_generated"])
         yield f"a vote that stops, of 16, where the model {name}", seconds, "time", ""
         yield f"a vote that stops, of 16, where the model {name}", tokens, "tokens", ""
+
+
+def _problem(first: int, more: int) -> dict[str, str]:
+    text = f"Kim has {first} hats and buys {more} more. How many hats does Kim have?"
+    return {"role": "user", "content": text}
+
+
+def _examples() -> Iterable[dict[str, str]]:
+    for first, more in EXAMPLES:
+        yield _problem(first, more)
+        yield {"role": "assistant", "content": f"{first} + {more} = {first + more}"}
 
 
 def speculation(children: dict[str, Child], rounds: int) -> Iterable[Row]:
