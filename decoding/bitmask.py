@@ -32,9 +32,14 @@ class StepBitmask:
     """Branches whose matcher failed. A panic in native code is no `Exception`, but fails no more than its branch."""
 
 
+def empty_rows(count: int, vocab_size: int) -> "np.typing.NDArray[np.int32]":
+    """[count, ceil(V / 32)]: rows of a bitmask that allow nothing."""
+    return np.zeros((count, -(-vocab_size // _WORD_BITS)), np.int32)
+
+
 class BitmaskFiller:
     def __init__(self, vocab_size: int) -> None:
-        self._num_words = -(-vocab_size // _WORD_BITS)
+        self._vocab_size = vocab_size
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "cadenza-masks")
 
     def start(
@@ -45,7 +50,7 @@ class BitmaskFiller:
             return None
         own_drafts = [drafts.get(branch, ()) for branch, _ in wanted]
         first_rows = [0, *accumulate(1 + len(own) for own in own_drafts)]
-        words = np.zeros((first_rows.pop(), self._num_words), np.int32)
+        words = empty_rows(first_rows.pop(), self._vocab_size)
         tasks = [
             self._threads.submit(_fill, branch, words[first : first + 1 + len(own)], remaining, own)
             for (branch, remaining), own, first in zip(wanted, own_drafts, first_rows, strict=True)

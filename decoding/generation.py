@@ -107,7 +107,8 @@ class Generation:
     ) -> Row:
         """The row behind the branch's tokens and `drafts`, which may come to follow them."""
         params, needs = self.request.sampling, self.strategy.needs
-        generated = [*branch.generated, *drafts]
+        generated = branch.generated  # a copy
+        generated += drafts
         return Row(
             logits_row=logits_row,
             sampling=params,

@@ -7,15 +7,13 @@ no models.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from cadenza.decoding.bitmask import empty_rows
 from cadenza.decoding.branch import Branch
 from cadenza.decoding.constraints.matcher import Bitmask, Matcher
 from cadenza.decoding.speculation.base import Owners
-
-_WORD_BITS = 32
 
 
 @dataclass(slots=True)
@@ -48,7 +46,7 @@ class _Ahead:
 
 class MasksAhead:
     def __init__(self, vocab_size: int, branches: Iterable[Branch], owners: Owners) -> None:
-        self._num_words = -(-vocab_size // _WORD_BITS)
+        self._vocab_size = vocab_size
         self._ahead: dict[Branch, _Ahead] = {}
         for branch in branches:
             owner = owners[branch]
@@ -65,7 +63,7 @@ class MasksAhead:
         row_of: dict[Branch, int | None] = {branch: None for branch in known if branch not in constrained}
         if not constrained:
             return None, row_of
-        words = np.zeros((len(constrained), self._num_words), np.int32)
+        words = empty_rows(len(constrained), self._vocab_size)
         for number, branch in enumerate(constrained):
             if self._ahead[branch].fill(words[number]):
                 row_of[branch] = number
