@@ -35,7 +35,7 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
     relative_size = 0.0
     if draft is not None:
         _check_vocabulary(model, draft)
-        relative_size = _num_parameters(draft) / _num_parameters(model)  # of both before they are packed
+        relative_size = draft.num_parameters / model.num_parameters
     shapes = _replace_layers(model, config.block_size)
     draft_shapes = [] if draft is None else _replace_layers(draft, config.block_size)
     num_blocks = plan_blocks(config, model, [*shapes, *draft_shapes])
@@ -69,10 +69,6 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
     return Assembly(core, num_kv_tokens, _context_length(model, num_kv_tokens))
 
 
-def _num_parameters(model: LoadedModel) -> int:
-    return sum(parameter.numel() for parameter in model.module.parameters())
-
-
 def _vocab_size(model: LoadedModel) -> int:
     return min(model.tokenizer.vocab_size, int(model.config.vocab_size))
 
@@ -98,8 +94,7 @@ def _replace_layers(model: LoadedModel, block_size: int) -> list[LayerShape]:
     expected = probe.eager_logits(module)
     with watch_siblings(module) as siblings:
         shapes = probe.layer_shapes(module, model.config)
-    if can_pack(model.device, model.dtype):
-        pack(module, siblings)
+    pack(module, siblings, on_cpu=can_pack(model.device, model.dtype))
     probe.check(module, shapes, block_size, expected)
     return shapes
 

@@ -63,6 +63,39 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def remembered_digest(file: Path) -> str:
+    """SHA-256 of the file, computed again only when its size or time has changed: big files take a while."""
+    stat = file.stat()
+    key = f"{file.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
+    notes = cache_root() / "digests.json"
+    with exclusive("digests"):
+        known = _known_digests(notes)
+    if key not in known:
+        digest = sha256_of(file)  # outside the lock: other files must not wait for this one
+        with exclusive("digests"):
+            known = _known_digests(notes) | {key: digest}
+            _replace_text(notes, json.dumps(known, indent=1))
+    return known[key]
+
+
+def _known_digests(notes: Path) -> dict[str, str]:
+    try:
+        known = json.loads(notes.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _replace_text(file: Path, text: str) -> None:
+    """A reader finds the old text or the new one, whole."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        raise ModelError(f"cannot write {file}: {error.strerror or error}") from error
+
+
 def is_complete(folder: Path) -> bool:
     """Whether every file that the folder's manifest names is there in its full length."""
     manifest = read_manifest(folder)
@@ -99,6 +132,7 @@ def build_folder(target: Path, facts: dict[str, Any], build: Callable[[Path], No
             build(building)
             files = {entry.name: entry.stat().st_size for entry in building.iterdir()}
             (building / MANIFEST).write_text(json.dumps(facts | {"files": files}, indent=2), encoding="utf-8")
+            _flush(building)
             if target.exists():
                 shutil.rmtree(target)
             os.replace(building, target)
@@ -106,3 +140,10 @@ def build_folder(target: Path, facts: dict[str, Any], build: Callable[[Path], No
             shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         raise ModelError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _flush(folder: Path) -> None:
+    """On disk before the folder gets its name, so that not even a power cut leaves a trusted name and lost bytes."""
+    for entry in folder.iterdir():
+        with entry.open("rb") as file:
+            os.fsync(file.fileno())

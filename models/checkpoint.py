@@ -36,7 +36,7 @@ class Checkpoint:
     @cached_property
     def headers(self) -> dict[Path, dict[str, Any]]:
         """Of each safetensors file, its table of tensors; raises `ModelError` if a file is damaged."""
-        return {} if self.is_pickle else {file: _read_header(file) for file in self.files}
+        return {} if self.is_pickle else {file: read_header(file)[0] for file in self.files}
 
     def prefetch(self) -> None:
         """Ask the system to read the files ahead while other work goes on, where it takes such hints."""
@@ -115,7 +115,8 @@ def _weight_files(folder: Path, single: str) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
-def _read_header(file: Path) -> dict[str, Any]:
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The table of tensors of a safetensors file, and where their bytes begin. Raises `ModelError` if it is damaged."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -131,7 +132,7 @@ def _read_header(file: Path) -> dict[str, Any]:
         raise ModelError(f"{file} is damaged: it has {size} bytes, its header describes {end}")
     if unknown:
         raise ModelError(f"{file} holds tensors of type {sorted(unknown)[0]}, which is not supported")
-    return header
+    return header, 8 + length
 
 
 def _elements(tensor: dict[str, Any]) -> int:

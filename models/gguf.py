@@ -7,14 +7,13 @@ nothing of aliases or downloads.
 
 import contextlib
 import io
-import json
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cadenza.models.cache import build_folder, cache_root, exclusive, is_complete, say, sha256_of
+from cadenza.models.cache import build_folder, cache_root, exclusive, is_complete, remembered_digest, say
 from cadenza.models.errors import ModelError, one_line
 from cadenza.models.gguf_header import GGUFHeader, read_header
 from cadenza.models.gguf_tokenizer import end_ids, write_tokenizer
@@ -33,7 +32,7 @@ def converted_folder(gguf_sha256: str) -> Path:
 
 def convert(gguf: Path, *, name: str, gguf_sha256: str | None = None) -> Path:
     """The converted folder of this file; made now unless a whole one is in the cache."""
-    digest = gguf_sha256 or _remembered_digest(gguf)
+    digest = gguf_sha256 or remembered_digest(gguf)
     target = converted_folder(digest)
     if is_complete(target):
         return target
@@ -44,22 +43,6 @@ def convert(gguf: Path, *, name: str, gguf_sha256: str | None = None) -> Path:
             facts = {"name": name, "gguf": gguf.name, "gguf_sha256": digest}
             build_folder(target, facts, lambda folder: _write_folder(gguf, header, folder))
     return target
-
-
-def _remembered_digest(gguf: Path) -> str:
-    """SHA-256 of the file, computed again only when its size or time has changed: big files take a while."""
-    stat = gguf.stat()
-    key = f"{gguf.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
-    notes = cache_root() / "digests.json"
-    with exclusive("digests"):
-        try:
-            known: dict[str, str] = json.loads(notes.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            known = {}
-        if key not in known:
-            known[key] = sha256_of(gguf)
-            notes.write_text(json.dumps(known, indent=1), encoding="utf-8")
-    return known[key]
 
 
 def _write_folder(gguf: Path, header: GGUFHeader, folder: Path) -> None:

@@ -79,27 +79,19 @@ class PackedGroup:
     The others find their share by the identity of the input tensor; given another one, they compute again.
     """
 
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        """(weight [out_features, in_features], bias [out_features] or None) of each layer."""
-        self._sizes = [weight.shape[0] for weight, _ in layers]
-        biases = [torch.zeros(len(weight)) if bias is None else bias for weight, bias in layers]
-        has_bias = any(bias is not None for _, bias in layers)
-        self._layer = PackedLinear(
-            torch.cat([weight for weight, _ in layers]), torch.cat(biases) if has_bias else None
-        )
+    def __init__(self, layer: nn.Module, in_features: int, sizes: Sequence[int]) -> None:
+        """layer: gives the outputs of all layers side by side; sizes: how many belong to each."""
+        self._layer = layer
+        self._in_features = in_features
+        self._sizes = list(sizes)
         self._input: Tensor | None = None
         self._shares: list[Tensor | None] = []
         self._num_left = 0
 
-    @property
-    def is_row_invariant(self) -> bool:
-        return self._layer.is_row_invariant
-
     def members(self) -> list["PackedMember"]:
         """One layer for each of the layers that the group was made of."""
         return [
-            PackedMember(self, number, self._layer.in_features, size)
-            for number, size in enumerate(self._sizes)
+            PackedMember(self, number, self._in_features, size) for number, size in enumerate(self._sizes)
         ]
 
     def take(self, number: int, x: Tensor) -> Tensor:
@@ -114,7 +106,7 @@ class PackedGroup:
         return share
 
     def _compute(self, x: Tensor) -> list[Tensor]:
-        shares: list[Tensor] = list(self._layer.forward(x).split_with_sizes(self._sizes, dim=-1))
+        shares: list[Tensor] = list(self._layer(x).split_with_sizes(self._sizes, dim=-1))
         self._input, self._shares, self._num_left = x, list(shares), len(shares)
         return shares
 

@@ -1,13 +1,14 @@
 """Loads a model: from what the user calls it to a module on its device, a tokenizer, and facts about both.
 
-The module is transformers' own, in eval mode, with the attention it came with: the engine puts its own in.
+The module is transformers' own, in eval mode, with the attention it came with: the engine puts its own in. How its
+weights get there is `models.module`'s business.
 Knows nothing of requests, caches or batches.
 """
 
 import contextlib
 import gc
 import hashlib
-import sys
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cadenza.models.architecture import causal_lm_class, context_length, read_config
 from cadenza.models.checkpoint import Checkpoint, open_checkpoint
-from cadenza.models.errors import ModelError, one_line
+from cadenza.models.errors import ModelError
 from cadenza.models.generation_config import FILE_NAME, eos_ids, read_generation_config, sampling_defaults
-from cadenza.models.memory import require_memory
+from cadenza.models.quantization.names import Quantization
 from cadenza.models.source import resolve, served_name
 from cadenza.models.tokenizer import Tokenizer
 
@@ -42,6 +43,10 @@ class LoadConfig:
     generation_config: str = "auto"
     """auto: the model's own; none: no sampling defaults; otherwise the path of a file or its folder."""
     max_model_len: int | None = None
+    quantization: Quantization = "none"
+    """How linear layers and the token embedding are stored: none keeps the dtype. See `models.quantization`."""
+    quantization_group_size: int = 32
+    """Weights that share a scale in int4: 32, 64 or 128."""
 
 
 @dataclass
@@ -56,12 +61,23 @@ class LoadedModel:
     tokenizer: Tokenizer
     device: "torch.device"
     dtype: "torch.dtype"
+    """Of activations and of what is not quantized."""
     fingerprint: str
     eos_token_ids: tuple[int, ...]
     sampling_defaults: dict[str, float | int]
     max_model_len: int
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds by stage, in order."""
+    quantization: Quantization = "none"
+    num_parameters: int = 0
+    """That the model was made of, whatever they are stored as; 0: as many as the module has."""
+    weight_bytes: int = field(init=False)
+    """What parameters and buffers took when they were loaded."""
+
+    def __post_init__(self) -> None:
+        self.num_parameters = self.num_parameters or sum(part.numel() for part in self.module.parameters())
+        tensors = itertools.chain(self.module.parameters(), self.module.buffers())
+        self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
 
 
 def load_model(source: str, config: LoadConfig = LoadConfig()) -> LoadedModel:
@@ -87,6 +103,9 @@ def _load(source: str, config: LoadConfig) -> LoadedModel:
     with _stage("import", timings):
         import torch
 
+        from cadenza.models.module import ModuleSource, load_module, num_parameters
+        from cadenza.models.quantization.methods import method_named
+
         device = _device(config.device)
         model_config = read_config(folder, trust_remote_code=config.trust_remote_code)
         model_class = causal_lm_class(model_config, trust_remote_code=config.trust_remote_code)
@@ -100,9 +119,12 @@ def _load(source: str, config: LoadConfig) -> LoadedModel:
             trust_remote_code=config.trust_remote_code,
         )
     with _stage("weights", timings):
-        require_memory(checkpoint.loaded_bytes(dtype.itemsize), device, source)
-        module = _load_module(model_class, folder, model_config, checkpoint, dtype)
-        _to_device(module, device, source)
+        module = load_module(
+            ModuleSource(
+                source, folder, checkpoint, model_class, model_config, dtype, device, config.trust_remote_code
+            ),
+            method_named(config.quantization, config.quantization_group_size),
+        )
     own = read_generation_config(folder)
     return LoadedModel(
         source=source,
@@ -113,7 +135,9 @@ def _load(source: str, config: LoadConfig) -> LoadedModel:
         tokenizer=tokenizer,
         device=device,
         dtype=dtype,
-        fingerprint=_fingerprint(folder, checkpoint, dtype),
+        quantization=config.quantization,
+        num_parameters=num_parameters(model_class, model_config),
+        fingerprint=_fingerprint(folder, checkpoint, dtype, config),
         eos_token_ids=eos_ids(own.get("eos_token_id"), text_config.eos_token_id, tokenizer.eos_token_id),
         sampling_defaults=_sampling_defaults(config.generation_config, own),
         max_model_len=max_model_len,
@@ -174,51 +198,6 @@ def _template_text(template: str | None) -> str | None:
         raise ModelError(f"the chat template {template} cannot be read: {error.strerror}") from error
 
 
-def _load_module(
-    model_class: Any, folder: Path, model_config: Any, checkpoint: Checkpoint, dtype: "torch.dtype"
-) -> Any:
-    try:
-        with _progress_bar_on_terminals_only():
-            module, report = model_class.from_pretrained(
-                str(folder),
-                config=model_config,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=not checkpoint.is_pickle,
-                output_loading_info=True,
-            )
-    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"the weights in {folder} cannot be loaded: {one_line(error)}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"the weights in {folder} lack {len(missing)} of the model's tensors, such as {missing[0]}"
-        )
-    return module.eval().requires_grad_(False)
-
-
-def _to_device(module: Any, device: "torch.device", source: str) -> None:
-    import torch
-
-    try:
-        module.to(device)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"{source} does not fit: {device} ran out of memory") from error
-
-
-@contextlib.contextmanager
-def _progress_bar_on_terminals_only() -> Iterator[None]:
-    from transformers.utils import logging
-
-    hide = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
-    if hide:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hide:
-            logging.enable_progress_bar()
-
-
 def _sampling_defaults(choice: str, own: dict[str, Any]) -> dict[str, float | int]:
     if choice == "none":
         return {}
@@ -230,10 +209,12 @@ def _sampling_defaults(choice: str, own: dict[str, Any]) -> dict[str, float | in
     return sampling_defaults(read_generation_config(path), choice)
 
 
-def _fingerprint(folder: Path, checkpoint: Checkpoint, dtype: "torch.dtype") -> str:
+def _fingerprint(folder: Path, checkpoint: Checkpoint, dtype: "torch.dtype", config: LoadConfig) -> str:
     """Short, and different whenever weights, configuration, precision or engine version are."""
     from importlib.metadata import version
 
     configuration = (folder / "config.json").read_text(encoding="utf-8")
-    parts = (version("cadenza"), str(dtype), configuration, checkpoint.digest())
+    group_size = config.quantization_group_size if config.quantization == "int4" else 0
+    quantization = f"{config.quantization}:{group_size}"
+    parts = (version("cadenza"), str(dtype), quantization, configuration, checkpoint.digest())
     return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -1,7 +1,8 @@
-"""Puts layers that no batch can influence in place of a model's own, on a CPU in float32.
+"""Puts layers that no batch can influence in place of a model's own.
 
-Linear layers become packed ones (`linear`); those that are given the same tensor, such as the query, key and value
-projections, become one product. Activations become `RowwiseActivation`s (`activation`).
+On a CPU in float32 linear layers become packed ones (`linear`), and activations `RowwiseActivation`s (`activation`);
+quantized layers are laid out for the device they are on. Layers that are given the same tensor, such as the query,
+key and value projections, become one product.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cadenza.models.activation import ACTIVATIONS, RowwiseActivation
 from cadenza.models.linear import PACKED_DTYPES, PackedGroup, PackedLinear
+from cadenza.models.quantization.base import QuantizedLinear
 
 Siblings = Sequence[tuple[nn.Module, Sequence[str]]]
 """A module and the names of its linear layers that are given the same tensor."""
@@ -48,31 +50,63 @@ def watch_siblings(module: nn.Module) -> Iterator[list[tuple[nn.Module, list[str
         siblings += [(parent, names) for names in by_input.values() if len(names) > 1]
 
 
-def pack(module: nn.Module, siblings: Siblings = ()) -> int:
+def pack(module: nn.Module, siblings: Siblings = (), *, on_cpu: bool = True) -> int:
     """Replace, in place, every linear layer and activation below `module`; returns how many linear layers.
 
-    Covers `nn.Linear` and GPT-2's `Conv1D` (a linear layer with its weight transposed). Row-major weights are
-    released as they are packed unless something else, such as a tied embedding, holds them.
+    Covers `nn.Linear`, GPT-2's `Conv1D` (a linear layer with its weight transposed) and quantized layers, which are
+    laid out for their device. Row-major weights are released as they are packed unless something else, such as a
+    tied embedding, holds them. on_cpu: whether `can_pack` says that layers in full precision can be packed.
     """
     count = 0
     for parent, names in siblings:
-        group = PackedGroup([_weight_and_bias(getattr(parent, name)) for name in names])
-        if not group.is_row_invariant:  # some shapes, with the oneDNN of torch 2.11: one by one, below
+        whole = _joined([getattr(parent, name) for name in names], on_cpu)
+        if whole is None:  # one by one, below
             continue
+        group = PackedGroup(
+            whole, whole.in_features, [_out_features(getattr(parent, name)) for name in names]
+        )
         for name, member in zip(names, group.members(), strict=True):
             setattr(parent, name, member)
             count += 1
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if _is_linear(child):
+            if isinstance(child, QuantizedLinear) and not child.is_prepared:
+                child.prepare()
+                count += 1
+            elif on_cpu and _is_float_linear(child):
                 setattr(parent, name, PackedLinear(*_weight_and_bias(child)))
                 count += 1
-            elif isinstance(child, ACTIVATIONS):
+            elif on_cpu and isinstance(child, ACTIVATIONS):
                 setattr(parent, name, RowwiseActivation(child))
     return count
 
 
+def _joined(layers: Sequence[nn.Module], on_cpu: bool) -> PackedLinear | QuantizedLinear | None:
+    """One layer, ready to compute, in place of several that are given the same tensor; None if none can be made."""
+    quantized_layers = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
+    if len(quantized_layers) == len(layers) and len({type(layer) for layer in layers}) == 1:
+        quantized = quantized_layers[0].concatenate(quantized_layers)
+        if quantized is not None:
+            quantized.prepare()
+        return quantized
+    if not on_cpu or not all(_is_float_linear(layer) for layer in layers):
+        return None
+    parts = [_weight_and_bias(layer) for layer in layers]
+    biases = [torch.zeros(len(weight)) if bias is None else bias for weight, bias in parts]
+    has_bias = any(bias is not None for _, bias in parts)
+    packed = PackedLinear(torch.cat([weight for weight, _ in parts]), torch.cat(biases) if has_bias else None)
+    return packed if packed.is_row_invariant else None  # some shapes are not, with the oneDNN of torch 2.11
+
+
+def _out_features(layer: nn.Module) -> int:
+    return layer.nf if isinstance(layer, Conv1D) else int(layer.out_features)  # type: ignore[arg-type]
+
+
 def _is_linear(module: nn.Module) -> bool:
+    return _is_float_linear(module) or isinstance(module, QuantizedLinear)
+
+
+def _is_float_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 

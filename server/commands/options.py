@@ -27,6 +27,12 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     add = partial(group.add_argument, default=argparse.SUPPRESS)
     add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--dtype", choices=["auto", "float32", "float16", "bfloat16"])
+    add(
+        "--quantization",
+        choices=["none", "int8", "int4", "nf4", "fp8", "llm-int8"],
+        help="store weights in fewer bits (default: none)",
+    )
+    add("--quantization-group-size", type=int, choices=[32, 64, 128], help="weights per scale in int4")
     add("--max-model-len", type=int, metavar="TOKENS", help="shorten the context")
     add("--chat-template", metavar="PATH", help="a template file, or the template")
     add(

@@ -1,0 +1,104 @@
+"""From a checkpoint to a module with its weights: as they are stored, or quantized on the way.
+
+Knows nothing of tokenizers or engines.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cadenza.models.checkpoint import Checkpoint
+from cadenza.models.errors import ModelError, one_line
+from cadenza.models.install import install, slots
+from cadenza.models.memory import require_memory
+from cadenza.models.progress import progress_bars_on_terminals_only
+from cadenza.models.quantization.base import Method
+from cadenza.models.quantization.store import store_folder, stored_weights
+from cadenza.models.quantization.swap import quantize_modules
+from cadenza.models.skeleton import empty_module, hollow_module, open_skeleton, require_all_tensors
+from cadenza.models.weights import FileWeights
+
+
+@dataclass(frozen=True)
+class ModuleSource:
+    """What is known of a model before its weights are read."""
+
+    name: str
+    """As the user calls it."""
+    folder: Path
+    checkpoint: Checkpoint
+    model_class: Any
+    config: Any
+    dtype: torch.dtype
+    device: torch.device
+    trust_remote_code: bool
+
+
+def load_module(source: ModuleSource, method: Method | None) -> Any:
+    """The transformers module, on its device. Raises `ModelError`."""
+    if method is not None:
+        return _load_quantized(source, method)
+    require_memory(source.checkpoint.loaded_bytes(source.dtype.itemsize), source.device, source.name)
+    module = _load_whole(source)
+    with _memory_errors(source):
+        return module.to(source.device)
+
+
+def num_parameters(model_class: Any, config: Any) -> int:
+    return sum(parameter.numel() for parameter in empty_module(model_class, config).parameters())
+
+
+def _load_whole(source: ModuleSource) -> Any:
+    try:
+        with progress_bars_on_terminals_only():
+            module, report = source.model_class.from_pretrained(
+                str(source.folder),
+                config=source.config,
+                dtype=source.dtype,
+                local_files_only=True,
+                use_safetensors=not source.checkpoint.is_pickle,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"the weights in {source.folder} cannot be loaded: {one_line(error)}") from error
+    require_all_tensors(report, source.folder)
+    return module.eval().requires_grad_(False)
+
+
+def _load_quantized(source: ModuleSource, method: Method) -> Any:
+    module = hollow_module(source.model_class, source.config, source.dtype)
+    replaced = quantize_modules(module, method, source.dtype)
+    require_memory(sum(tensor.nbytes for tensor in module.state_dict().values()), source.device, source.name)
+    target = store_folder(source.folder, source.checkpoint, method, source.dtype)
+    weights = stored_weights(target, source.name, module, replaced, lambda: _original(source))
+    with _memory_errors(source):
+        install(slots(module), weights, source.device)
+        return module.to(source.device)
+
+
+@contextlib.contextmanager
+def _original(source: ModuleSource) -> Iterator[FileWeights]:
+    """The checkpoint's tensors, one by one, for as long as the block lasts."""
+    with tempfile.TemporaryDirectory(prefix="cadenza-") as scratch:
+        _, weights = open_skeleton(
+            source.model_class,
+            source.folder,
+            source.config,
+            source.dtype,
+            Path(scratch),
+            is_pickle=source.checkpoint.is_pickle,
+        )
+        yield weights
+
+
+@contextlib.contextmanager
+def _memory_errors(source: ModuleSource) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"{source.name} does not fit: {source.device} ran out of memory") from error

@@ -1,0 +1,68 @@
+"""int8: a scale per output channel, activations rounded to 8 bits per token as they come (W8A8, dynamic).
+
+Integers are summed exactly, so that a row's result cannot depend on the rows beside it.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cadenza.models.quantization.base import Method, QuantizedLinear, stack_parameters
+
+
+class Int8(Method):
+    @property
+    def key(self) -> str:
+        return "int8-1"
+
+    @property
+    def head(self) -> Method:
+        return self
+
+    def can_quantize(self, out_features: int, in_features: int) -> bool:
+        return True
+
+    def quantize(self, weight: Tensor) -> Mapping[str, Tensor]:
+        """qweight [out, in] int8, scale [out] float32; symmetric, round to nearest."""
+        weight = weight.float()
+        scale = weight.abs().amax(1).div_(127)
+        quotient = weight / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        return {"qweight": quotient.round_().clamp_(-127, 127).to(torch.int8), "scale": scale}
+
+    def layer(
+        self, in_features: int, out_features: int, *, has_bias: bool, dtype: torch.dtype
+    ) -> QuantizedLinear:
+        return Int8Linear(in_features, out_features, has_bias=has_bias, dtype=dtype)
+
+
+class Int8Linear(QuantizedLinear):
+    qweight: Tensor
+    scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, has_bias: bool, dtype: torch.dtype) -> None:
+        super().__init__(in_features, out_features, has_bias=has_bias, dtype=dtype)
+        self.register_buffer(
+            "qweight", torch.empty(out_features, in_features, dtype=torch.int8, device="meta")
+        )
+        self.register_buffer("scale", torch.empty(out_features, dtype=torch.float32, device="meta"))
+
+    def dequantized(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.qweight[start:stop].float() * self.scale[start:stop, None]
+
+    def lay_out(self) -> None:
+        pass
+
+    def apply_prepared(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.dequantized().to(x.dtype), self.bias)
+
+    @classmethod
+    def concatenate(cls, layers: Sequence["Int8Linear"]) -> "Int8Linear":
+        whole = cls(
+            layers[0].in_features,
+            sum(layer.out_features for layer in layers),
+            has_bias=any(layer.bias is not None for layer in layers),
+            dtype=layers[0].dtype,
+        )
+        stack_parameters(layers, whole)
+        return whole

@@ -1,0 +1,21 @@
+"""From the names that users have for quantization methods to the methods."""
+
+from typing import get_args
+
+from cadenza.models.errors import ModelError
+from cadenza.models.quantization.base import Method
+from cadenza.models.quantization.names import Quantization
+
+
+def method_named(name: Quantization, group_size: int) -> Method | None:
+    """None for "none". Raises `ModelError` for a method that cannot run here, saying what it lacks.
+
+    group_size: weights that share a scale, for methods that have groups.
+    """
+    if name == "none":
+        return None
+    if name == "int8":
+        from cadenza.models.quantization.int8 import Int8
+
+        return Int8()
+    raise ModelError(f"quantization {name!r} is not one of {', '.join(get_args(Quantization))}")
