@@ -123,7 +123,7 @@ def _load(source: str, config: LoadConfig) -> LoadedModel:
             ModuleSource(
                 source, folder, checkpoint, model_class, model_config, dtype, device, config.trust_remote_code
             ),
-            method_named(config.quantization, config.quantization_group_size),
+            method_named(config.quantization, config.quantization_group_size, device),
         )
     own = read_generation_config(folder)
     return LoadedModel(

@@ -2,15 +2,18 @@
 
 from typing import get_args
 
+import torch
+
 from cadenza.models.errors import ModelError
 from cadenza.models.quantization.base import Method
 from cadenza.models.quantization.names import Quantization
 
 
-def method_named(name: Quantization, group_size: int) -> Method | None:
+def method_named(name: Quantization, group_size: int, device: torch.device) -> Method | None:
     """None for "none". Raises `ModelError` for a method that cannot run here, saying what it lacks.
 
-    group_size: weights that share a scale, for methods that have groups.
+    group_size: weights that share a scale, for methods that have groups. device: what is to compute, since layouts
+    are made for it.
     """
     if name == "none":
         return None
