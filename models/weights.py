@@ -73,11 +73,16 @@ class FileWeights(Mapping[str, Tensor]):
         return cls(places)
 
     def __getitem__(self, name: str) -> Tensor:
+        tensor = self.as_stored(name)
+        return tensor if name in self._in_memory else tensor.to(self._places[name].wanted)
+
+    def as_stored(self, name: str) -> Tensor:
+        """The tensor in the type that the file has it in: always a view of the file."""
         if name in self._in_memory:
             return self._in_memory[name]
         place = self._places[name]
         if place.num_bytes == 0:
-            return torch.empty(place.shape, dtype=place.wanted)
+            return torch.empty(place.shape, dtype=place.stored)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable")  # nobody writes to weights
             raw = torch.frombuffer(
@@ -85,7 +90,7 @@ class FileWeights(Mapping[str, Tensor]):
             )
         if place.offset % place.stored.itemsize:  # the format does not promise alignment
             raw = raw.clone()
-        return raw.view(place.stored).view(place.shape).to(place.wanted)
+        return raw.view(place.stored).view(place.shape)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._in_memory

@@ -88,7 +88,7 @@ def _quantized(
         if layer in replaced and last != "bias":
             if name not in made:
                 entry = replaced[layer]
-                tensors = entry.quantize(original[entry.weight_name])
+                tensors = entry.quantize(original.as_stored(entry.weight_name))
                 made = {f"{layer}.{key}": tensor for key, tensor in tensors.items()}
             yield name, made[name]
         else:

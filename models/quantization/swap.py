@@ -1,7 +1,7 @@
 """Puts empty quantized layers in place of a model's own.
 
-Every linear layer and the token embedding, but for what decides by small differences (a mixture's router) and what
-the method cannot store; those keep their precision. Knows nothing of files or devices.
+Every linear layer, a mixture's experts and the token embedding, but for what decides by small differences (a mixture's
+router) and what the method cannot store; those keep their precision. Knows nothing of files or devices.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cadenza.models.quantization.base import Method
 from cadenza.models.quantization.embedding import QuantizedEmbedding
+from cadenza.models.quantization.experts import put_stack, stackable_parameters
 
 ROUTERS = ("router", "gate", "shared_expert_gate")
 """Last names of layers that choose a mixture's experts."""
@@ -27,9 +28,12 @@ class Replaced:
     method: Method | None
     """None: an embedding."""
     is_transposed: bool = False
+    expert: int | None = None
+    """The weight is this one of a stack."""
 
     def quantize(self, weight: Tensor) -> Mapping[str, Tensor]:
-        """weight: as in the checkpoint. The new layer's buffers by name."""
+        """weight: as in the checkpoint, in any floating-point type. The new layer's buffers by name."""
+        weight = weight if self.expert is None else weight[self.expert]
         weight = weight.T.contiguous() if self.is_transposed else weight
         return QuantizedEmbedding.quantize(weight) if self.method is None else self.method.quantize(weight)
 
@@ -51,9 +55,20 @@ def quantize_modules(module: Any, method: Method, dtype: torch.dtype) -> dict[st
             new = chosen.layer(in_features, out_features, has_bias=child.bias is not None, dtype=dtype)
             replaced[name] = Replaced(f"{name}.weight", chosen, isinstance(child, Conv1D))
         else:
+            replaced |= _replace_experts(name, child, method, dtype)
             continue
         parent, _, last = name.rpartition(".")
         setattr(module.get_submodule(parent), last, new)
+    return replaced
+
+
+def _replace_experts(path: str, module: nn.Module, method: Method, dtype: torch.dtype) -> dict[str, Replaced]:
+    replaced = {}
+    for name, shape in stackable_parameters(module, method).items():
+        put_stack(module, name, method, shape, dtype)
+        for expert in range(shape[0]):
+            layer = f"{path}.{name}.experts.{expert}"
+            replaced[layer] = Replaced(f"{path}.{name}", method, expert=expert)
     return replaced
 
 
