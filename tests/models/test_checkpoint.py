@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from cadenza.models import ModelError
 from cadenza.models.checkpoint import open_checkpoint
-from cadenza.models.memory import available_bytes, require_memory
 
 
 def opened(folder: Path, allow_pickle: bool = False):  # type: ignore[no-untyped-def]
@@ -89,31 +88,6 @@ def test_the_digest_changes_with_names_and_values(tiny_folder: Path) -> None:
     weights["model.norm.other"] = weights.pop("model.norm.weight")
     save_file(weights, file, metadata={"format": "pt"})
     assert len({first, second, opened(tiny_folder).digest()}) == 3
-
-
-def test_memory_is_the_smaller_of_system_and_container(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from cadenza.models import memory
-
-    cpu = torch.device("cpu")
-    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:     500 kB\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("300000\n")
-    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 50000\n")
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    group = (tmp_path / "memory.max", tmp_path / "memory.current", "inactive_file")
-    monkeypatch.setattr(memory, "CGROUPS", (group,))
-    assert available_bytes(cpu) == 500 * 1024
-    (tmp_path / "memory.max").write_text("400000\n")
-    assert available_bytes(cpu) == 400000 - 300000 + 50000
-    require_memory(150_000, cpu, "it")
-    with pytest.raises(ModelError, match=r"m does not fit: its weights take 2\.00 GB, cpu has 0\.00 GB free"):
-        require_memory(2 * 10**9, cpu, "m")
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "absent")
-    monkeypatch.setattr(memory, "CGROUPS", ())
-    assert available_bytes(cpu) is None
-    require_memory(10**15, cpu, "it")
 
 
 def test_an_unknown_tensor_type_is_named(tiny_folder: Path) -> None:

@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused_with_numbers(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "meminfo").write_text("MemAvailable: 100 kB\n")
-    monkeypatch.setattr("cadenza.models.memory.MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr("cadenza.models.memory.PROC", tmp_path)
     assert "does not fit" in refused(tiny_folder)
 
 
