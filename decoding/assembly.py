@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from cadenza.decoding import probe
 from cadenza.decoding.bitmask import BitmaskFiller
 from cadenza.decoding.block_pool import BlockPool
-from cadenza.decoding.config import NGRAM, EngineConfig, plan_blocks
+from cadenza.decoding.config import NGRAM, EngineConfig, demand
 from cadenza.decoding.core import EngineCore
 from cadenza.decoding.kv_cache import KVCache, LayerShape
 from cadenza.decoding.logits import LogitsPipeline
+from cadenza.decoding.memory_plan import MemoryPlan, plan_memory
 from cadenza.decoding.runner import ModelRunner
 from cadenza.decoding.scheduler import Scheduler
 from cadenza.decoding.speculation.base import Drafter
@@ -18,6 +19,7 @@ from cadenza.decoding.speculation.ngram import NgramDrafter
 from cadenza.decoding.speculation.sharing import CPU_COST, GPU_COST
 from cadenza.decoding.speculation.speculator import Speculator
 from cadenza.models import LoadedModel, ModelError
+from cadenza.models.memory import available_bytes
 from cadenza.models.packing import can_pack, pack, watch_siblings
 
 log = logging.getLogger(__name__)
@@ -26,8 +28,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Assembly:
     core: EngineCore
-    num_kv_tokens: int
-    max_model_len: int
+    memory: MemoryPlan
 
 
 def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None = None) -> Assembly:
@@ -38,8 +39,16 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
         relative_size = draft.num_parameters / model.num_parameters
     shapes = _replace_layers(model, config.block_size)
     draft_shapes = [] if draft is None else _replace_layers(draft, config.block_size)
-    num_blocks = plan_blocks(config, model, [*shapes, *draft_shapes])
-    num_kv_tokens = num_blocks * config.block_size
+    memory = plan_memory(
+        demand(
+            config,
+            model,
+            [*shapes, *draft_shapes],
+            probe.longest_independent_context(model.config),
+            available_bytes(model.device),
+        )
+    )
+    num_blocks = memory.num_blocks
     cache = KVCache(shapes, num_blocks, config.block_size, model.dtype, model.device)
     pool = BlockPool(num_blocks, config.block_size)
     scheduler = Scheduler(
@@ -66,7 +75,9 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
         BitmaskFiller(_vocab_size(model)),
         Speculator(scheduler, drafter, config.num_speculative_tokens, step_cost),
     )
-    return Assembly(core, num_kv_tokens, _context_length(model, num_kv_tokens))
+    if memory.max_model_len < model.max_model_len:
+        log.warning("sequences are limited to %d tokens by %s", memory.max_model_len, memory.context_reason)
+    return Assembly(core, memory)
 
 
 def _vocab_size(model: LoadedModel) -> int:
@@ -97,17 +108,3 @@ def _replace_layers(model: LoadedModel, block_size: int) -> list[LayerShape]:
     pack(module, siblings, on_cpu=can_pack(model.device, model.dtype))
     probe.check(module, shapes, block_size, expected)
     return shapes
-
-
-def _context_length(model: LoadedModel, num_kv_tokens: int) -> int:
-    limits = {
-        "the model's context": model.max_model_len,
-        "the KV cache's size": num_kv_tokens,
-        "the length up to which its rotary embedding ignores other sequences": (
-            probe.longest_independent_context(model.config) or model.max_model_len
-        ),
-    }
-    reason, length = min(limits.items(), key=lambda limit: limit[1])
-    if length < model.max_model_len:
-        log.warning("sequences are limited to %d tokens by %s", length, reason)
-    return length

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
+from typing import Any, Protocol
 
 import torch
 
 from cadenza.decoding.attention import TILE
 from cadenza.decoding.kv_cache import LayerShape
 from cadenza.decoding.logits import LogprobsMode
-from cadenza.models import LoadedModel, ModelError
-from cadenza.models.memory import available_bytes
+from cadenza.decoding.memory_plan import Demand
+from cadenza.models import ModelError
 
-_CPU_SHARE, _CPU_CEILING = 0.4, 4 * 1024**3
-_GPU_SHARE = 0.9
 NGRAM = "ngram"
 
 
@@ -25,7 +25,8 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     """Tokens per step. None: 512 on a CPU, 4096 on a GPU."""
     kv_cache_memory_gb: float | None = None
-    """In units of 1024³ bytes. None: on a CPU 40 % of the free memory, at most 4; on a GPU 90 % of it."""
+    """In units of 1024³ bytes. None: on a CPU 40 % of the free memory, at most 4; on a GPU 90 % of it; less where a
+    step's activations would not fit beside it."""
     block_size: int = 16
     enable_prefix_caching: bool = True
     max_queue: int = 512
@@ -51,6 +52,9 @@ class EngineConfig:
                 f"max_num_batched_tokens must be at least max_num_seqs + {TILE} = {least},"
                 f" got {self.max_num_batched_tokens}"
             )
+        asked = self.kv_cache_memory_gb
+        if asked is not None and not (isfinite(asked) and asked > 0):
+            raise ModelError(f"kv_cache_memory_gb must be above 0, got {asked}")
         if self.max_queue < 1:
             raise ModelError(f"max_queue must be at least 1, got {self.max_queue}")
         if self.num_speculative_tokens < 1:
@@ -67,27 +71,53 @@ class EngineConfig:
         return max(512 if device.type == "cpu" else 4096, self.max_num_seqs + TILE)
 
 
-def plan_blocks(config: EngineConfig, model: LoadedModel, shapes: Sequence[LayerShape]) -> int:
-    """How many KV cache blocks to make: what the memory allows, but not more than the engine could ever fill.
+class Plannable(Protocol):
+    """What must be known of a model, loaded or not, to say how much KV cache it gets."""
 
-    shapes: of all layers that keep something under a block's id, a draft model's too.
-    """
-    bytes_per_block = config.block_size * sum(shape.bytes_per_token(model.dtype) for shape in shapes)
-    if config.kv_cache_memory_gb is not None:
-        budget = int(config.kv_cache_memory_gb * 1024**3)
-    else:
-        free = available_bytes(model.device)
-        if free is None:
-            budget = _CPU_CEILING
-        elif model.device.type == "cpu":
-            budget = min(int(free * _CPU_SHARE), _CPU_CEILING)
-        else:
-            budget = int(free * _GPU_SHARE)
-    most_useful = config.max_num_seqs * (-(-model.max_model_len // config.block_size) + 1)
-    num_blocks = min(budget // bytes_per_block, most_useful)
-    if num_blocks * config.block_size < 2 * TILE:
-        raise ModelError(
-            f"{budget / 1024**3:.2f} GiB of KV cache hold {num_blocks * config.block_size} tokens;"
-            f" at least {2 * TILE} are needed, {2 * TILE * bytes_per_block / config.block_size / 1024**3:.3f} GiB"
-        )
-    return num_blocks
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def config(self) -> Any: ...
+    @property
+    def max_model_len(self) -> int: ...
+
+
+def demand(
+    config: EngineConfig,
+    model: Plannable,
+    shapes: Sequence[LayerShape],
+    independent_context: int | None,
+    free_bytes: int | None,
+) -> Demand:
+    """shapes: of all layers that keep something under a block's id, a draft model's too."""
+    asked = config.kv_cache_memory_gb
+    per_layer = [shape.bytes_per_token(model.dtype) for shape in shapes]
+    return Demand(
+        device=str(model.device),
+        is_gpu=model.device.type != "cpu",
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        context=model.max_model_len,
+        independent_context=independent_context,
+        bytes_per_token=sum(per_layer),
+        largest_layer=max(per_layer),
+        step_bytes=step_bytes(config, model),
+        asked_bytes=None if asked is None else int(asked * 1024**3),
+        allotted_bytes=getattr(model, "kv_cache_bytes", None),
+        free_bytes=free_bytes,
+    )
+
+
+def step_bytes(config: EngineConfig, model: Plannable) -> int:
+    """What a step puts aside beside weights and KV cache, roughly: a layer's activations for every token, in two
+    precisions, and what becomes of the logits from which tokens are drawn."""
+    tokens, sizes = config.tokens_per_step(model.device), model.config
+    rows_per_seq = 1 + (config.num_speculative_tokens if config.speculative else 0)
+    hidden = int(sizes.hidden_size)
+    experts = int(getattr(sizes, "num_experts_per_tok", None) or 1)
+    intermediate = getattr(sizes, "intermediate_size", None) or getattr(sizes, "ffn_dim", None) or 4 * hidden
+    activations = tokens * 4 * (8 * hidden + 4 * int(intermediate) * experts)
+    logits = min(tokens, config.max_num_seqs * rows_per_seq) * 4 * 4 * int(sizes.vocab_size)
+    return activations + logits

@@ -90,7 +90,9 @@ class Engine:
         self._thread.start()
         assembly = assembled.result()
         self._core = assembly.core
-        self.num_kv_tokens, self.max_model_len = assembly.num_kv_tokens, assembly.max_model_len
+        self.memory = assembly.memory
+        """How the memory was divided, and why."""
+        self.num_kv_tokens, self.max_model_len = self.memory.num_tokens, self.memory.max_model_len
 
     @classmethod
     def load(

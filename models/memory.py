@@ -67,7 +67,10 @@ def memory_of(device: "torch.device") -> Memory | None:
         import torch
 
         free, total = torch.cuda.mem_get_info(device)
-        return Memory(int(free), int(total), torch.cuda.get_device_name(device))
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # by torch, to use again
+        return Memory(int(free) + kept, int(total), torch.cuda.get_device_name(device))
     found = [*_system(), *_control_groups(), *_process_limits()]
     return min(found, key=lambda memory: memory.free, default=None)
 
