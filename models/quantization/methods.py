@@ -21,4 +21,12 @@ def method_named(name: Quantization, group_size: int, device: torch.device) -> M
         from cadenza.models.quantization.int8 import Int8
 
         return Int8()
+    if name == "int4":
+        from cadenza.models.quantization.int4 import Int4
+
+        return Int4(group_size, device)
+    if name == "nf4":
+        from cadenza.models.quantization.nf4 import NF4
+
+        return NF4()
     raise ModelError(f"quantization {name!r} is not one of {', '.join(get_args(Quantization))}")
