@@ -1,0 +1,140 @@
+"""int4: 4-bit integers with a scale and a zero for each group of weights along the input; activations in bfloat16.
+
+On a CPU torch's packed operator computes; elsewhere the weight is dequantized for every product, which saves memory
+and no time. Knows nothing of files or models.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cadenza.kernels.int4_linear import LAYOUTS, ROWS, Layout, cpu_layout, int4_linear
+from cadenza.models.errors import ModelError
+from cadenza.models.quantization.base import Method, QuantizedLinear
+from cadenza.models.quantization.groups import quantize_groups
+from cadenza.models.quantization.int8 import Int8
+from cadenza.models.quantization.names import GROUP_SIZES
+
+
+class Int4(Method):
+    def __init__(self, group_size: int, device: torch.device) -> None:
+        """device: whose layout the weights get. Raises `ModelError` for a group size that no operator has."""
+        if group_size not in GROUP_SIZES:
+            raise ModelError(
+                f"quantization_group_size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}"
+            )
+        self.group_size = group_size
+        self.layout = (cpu_layout() if device.type == "cpu" else None) or LAYOUTS[0]
+
+    @property
+    def key(self) -> str:
+        return f"int4-1-{self.group_size}-{self.layout.name}"
+
+    @property
+    def head(self) -> Method:
+        return Int8()
+
+    def can_quantize(self, out_features: int, in_features: int) -> bool:
+        return True
+
+    def quantize(self, weight: Tensor) -> Mapping[str, Tensor]:
+        """qweight [rows, columns / 2] uint8, scales_and_zeros [groups, rows, 2] bfloat16, as `Int4Linear` has them."""
+        out_features, in_features = weight.shape
+        padding = (0, -in_features % min(GROUP_SIZES), 0, -out_features % ROWS)
+        integers, scales, zeros = quantize_groups(
+            F.pad(weight, padding), group_size_for(in_features, self.group_size)
+        )
+        return {
+            "qweight": self.layout.pack(integers),
+            "scales_and_zeros": torch.stack((scales.T, zeros.T), dim=-1),
+        }
+
+    def layer(
+        self, in_features: int, out_features: int, *, has_bias: bool, dtype: torch.dtype
+    ) -> QuantizedLinear:
+        return Int4Linear(
+            in_features,
+            out_features,
+            group_size_for(in_features, self.group_size),
+            self.layout,
+            has_bias=has_bias,
+            dtype=dtype,
+        )
+
+
+def group_size_for(in_features: int, wanted: int) -> int:
+    """The largest size up to `wanted` that divides `in_features`, which is padded where none does."""
+    return next((size for size in (128, 64) if size <= wanted and in_features % size == 0), 32)
+
+
+class Int4Linear(QuantizedLinear):
+    """The weight is padded with zeros: rows to a multiple of 64, columns to one of 32."""
+
+    qweight: Tensor
+    scales_and_zeros: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        layout: Layout,
+        *,
+        has_bias: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(in_features, out_features, has_bias=has_bias, dtype=dtype)
+        self.group_size, self.layout = group_size, layout
+        self._num_padding = -in_features % min(GROUP_SIZES)
+        rows, columns = out_features + -out_features % ROWS, in_features + self._num_padding
+        qweight = torch.empty(rows, columns // 2, dtype=torch.uint8, device="meta")
+        self.register_buffer("qweight", qweight)
+        scales = torch.empty(columns // group_size, rows, 2, dtype=torch.bfloat16, device="meta")
+        self.register_buffer("scales_and_zeros", scales)
+
+    def dequantized(self, start: int = 0, stop: int | None = None) -> Tensor:
+        stop = self.out_features if stop is None else stop
+        rows = slice(start, stop + -stop % ROWS)
+        integers = self.layout.unpack(self.qweight[rows]).unflatten(1, (-1, self.group_size))
+        scales, zeros = self.scales_and_zeros[:, rows].float().permute(2, 1, 0)[..., None]
+        weight: Tensor = ((integers.float() - 8) * scales + zeros).flatten(1)
+        return weight[: stop - start, : self.in_features]
+
+    def lay_out(self) -> None:
+        pass
+
+    def apply_prepared(self, x: Tensor) -> Tensor:
+        if self.qweight.device.type != "cpu" or cpu_layout() != self.layout:
+            return F.linear(x, self.dequantized().to(x.dtype), self.bias)
+        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
+        if self._num_padding:
+            rows = F.pad(rows, (0, self._num_padding))
+        y = int4_linear(rows, self.qweight, self.group_size, self.scales_and_zeros)
+        y = y[:, : self.out_features].to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    @classmethod
+    def concatenate(cls, layers: Sequence["Int4Linear"]) -> "Int4Linear | None":
+        first = layers[0]
+        if any(layer.out_features % ROWS for layer in layers[:-1]):
+            return None  # padding would come to lie between the outputs
+        whole = cls(
+            first.in_features,
+            sum(layer.out_features for layer in layers),
+            first.group_size,
+            first.layout,
+            has_bias=any(layer.bias is not None for layer in layers),
+            dtype=first.dtype,
+        )
+        whole.qweight = torch.cat([layer.qweight for layer in layers])
+        whole.scales_and_zeros = torch.cat([layer.scales_and_zeros for layer in layers], dim=1)
+        if whole.bias is not None:
+            zeros = [torch.zeros(layer.out_features, dtype=first.dtype) for layer in layers]
+            biases = [
+                zero.to(first.qweight.device) if layer.bias is None else layer.bias
+                for layer, zero in zip(layers, zeros, strict=True)
+            ]
+            whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        return whole
