@@ -3,12 +3,39 @@
 Integers are summed exactly, so that a row's result cannot depend on the rows beside it.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from cadenza.kernels.int8_linear import CHUNKED, INT_MM, LEVELS, ONEDNN, Product, int8_linear
 from cadenza.models.quantization.base import Method, QuantizedLinear, stack_parameters
+
+
+@functools.cache
+def product_for(device: torch.device) -> Product:
+    """The fastest product that is exact on this machine, by a trial with the largest numbers there are."""
+    for product in (ONEDNN if device.type == "cpu" else INT_MM,):
+        if _is_exact(product, device):
+            return product
+    return CHUNKED
+
+
+def _is_exact(product: Product, device: torch.device) -> bool:
+    """Instructions without VNNI add pairs of products in 16 bits, which overflow."""
+    x = torch.full((3, 320), 1.0, device=device)
+    x[1] = torch.linspace(-1.0, 1.0, 320)
+    x[2] = -1.0
+    weight = torch.full((40, 320), LEVELS, dtype=torch.int8, device=device)
+    weight[1::2] *= -1
+    scale = torch.ones(40, device=device)
+    try:
+        y = int8_linear(x, product.lay_out(weight), scale / LEVELS, None, product)
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return False
+    expected = int8_linear(x, CHUNKED.lay_out(weight), scale / LEVELS, None, CHUNKED)
+    return torch.equal(y, expected)
 
 
 class Int8(Method):
@@ -51,10 +78,13 @@ class Int8Linear(QuantizedLinear):
         return self.qweight[start:stop].float() * self.scale[start:stop, None]
 
     def lay_out(self) -> None:
-        pass
+        self._product = product_for(self.qweight.device)
+        self._laid_out = self._product.lay_out(self.qweight)
+        self._factor = self.scale / LEVELS
+        del self.qweight, self.scale
 
     def apply_prepared(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.dequantized().to(x.dtype), self.bias)
+        return int8_linear(x, self._laid_out, self._factor, self.bias, self._product)
 
     @classmethod
     def concatenate(cls, layers: Sequence["Int8Linear"]) -> "Int8Linear":
