@@ -16,6 +16,7 @@ from torch import nn
 
 from cadenza.models.errors import ModelError, one_line
 from cadenza.models.progress import progress_bars_on_terminals_only
+from cadenza.models.unread import unread_where_left
 from cadenza.models.weights import FileWeights, Place, tensors_of
 
 CPU, DISK = "cpu", "disk"
@@ -55,7 +56,7 @@ def open_skeleton(
 
     plan = _everything_on_disk(empty_module(model_class, config))
     try:
-        with progress_bars_on_terminals_only(), _without_advice():
+        with progress_bars_on_terminals_only(), _without_advice(), unread_where_left():
             module, report = model_class.from_pretrained(
                 str(folder),
                 config=config,
@@ -81,6 +82,7 @@ def open_skeleton(
             places[name] = places[tied_to]
     if lost := [name for name, tensor in parameters.items() if tensor.is_meta and name not in places]:
         raise ModelError(f"the weights in {folder} cannot be read one by one: {lost[0]} was not found")
+    _require_shapes(parameters, places, folder)
     in_memory = {
         name: tensor
         for name, tensor in module.state_dict().items()
@@ -95,6 +97,16 @@ def require_all_tensors(report: Any, folder: Path) -> None:
         raise ModelError(
             f"the weights in {folder} lack {len(missing)} of the model's tensors, such as {missing[0]}"
         )
+
+
+def _require_shapes(parameters: dict[str, nn.Parameter], places: dict[str, Place], folder: Path) -> None:
+    """What stays on disk has not been compared with the model by transformers."""
+    for name, place in places.items():
+        if place.shape != tuple(parameters[name].shape):
+            stored, wanted = list(place.shape), list(parameters[name].shape)
+            raise ModelError(
+                f"the weights in {folder} do not fit the model: {name} is {stored}, not {wanted}"
+            )
 
 
 def _everything_on_disk(module: nn.Module) -> dict[str, str]:

@@ -180,3 +180,23 @@ def sharded_folder(tiny_folder: Path, tiny_model: LlamaForCausalLM) -> Path:
         json.dumps({"metadata": {}, "weight_map": index})
     )
     return tiny_folder
+
+
+@pytest.fixture
+def peak_growth() -> Callable[[Callable[[], object]], int]:
+    """Bytes by which the process is largest, while a function runs, beyond what it had before."""
+
+    def read(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    def measure(work: Callable[[], object]) -> int:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is the present again
+        except OSError:
+            pytest.skip("this system does not measure a process's peak")
+        before = read("VmRSS")
+        work()
+        return read("VmHWM") - before
+
+    return measure
