@@ -53,20 +53,28 @@ AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
 
 
 @torch.inference_mode()
-def layer_shapes(module: Any, config: Any) -> list[LayerShape]:
-    """The KV cache shape of every attention layer. Raises ModelError for a model that cannot be served."""
+def layer_shapes(module: Any, config: Any, *, on_meta: bool = False) -> list[LayerShape]:
+    """The KV cache shape of every attention layer. Raises ModelError for a model that cannot be served.
+
+    on_meta: the module is made of shapes alone, and not to be used for anything else.
+    """
     name = type(module).__name__
     unknown = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES
     if unknown:
         raise ModelError(f"{name}: layers of type {', '.join(sorted(unknown))} are not supported")
     recorded: dict[int, list[LayerShape]] = {}
     windows: list[int] = []
-    device = _device(module)
+    device = torch.device("meta") if on_meta else _device(module)
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     positions = torch.arange(2, device=device)[None]
+    extra = {}
     try:
+        if on_meta:  # values decide who computes a token's experts, and where a sequence begins that has no mask
+            module.set_experts_implementation("batched_mm")
+            extra["attention_mask"] = torch.ones_like(ids)
         module.set_attn_implementation(_NAME)
         module(
+            **extra,
             input_ids=ids,
             position_ids=positions,
             use_cache=False,

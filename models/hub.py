@@ -4,7 +4,10 @@ Fetches weights in safetensors, configuration and tokenizer, nothing else: pickl
 they were asked for by name. Knows nothing of aliases or GGUF.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cadenza.models.errors import ModelError, one_line
 
@@ -26,8 +29,55 @@ def snapshot(repo: str, *, revision: str | None, allow_pickle: bool, trust_remot
     return folder
 
 
+def cached_snapshot(repo: str, revision: str | None) -> Path | None:
+    """What the cache holds of a repository, whole or not; asks nobody."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def headers(
+    repo: str, *, revision: str | None, trust_remote_code: bool
+) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """(a folder with the configuration, the table of tensors of each safetensors file); fetches no weights."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    folder = _download(repo, revision, ["config.json", *(["*.py"] if trust_remote_code else [])])
+    with _errors(repo, revision):
+        try:
+            found = HfApi().get_safetensors_metadata(repo, revision=revision)
+        except NotASafetensorsRepoError:
+            raise ModelError(f"{repo} holds no safetensors; pull it to see what is in its files") from None
+    return folder, {
+        file: {
+            name: {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": list(tensor.data_offsets),
+            }
+            for name, tensor in known.tensors.items()
+        }
+        for file, known in found.files_metadata.items()
+    }
+
+
 def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
+
+    with _errors(repo, revision):
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=list(IGNORED))
+        )
+
+
+@contextmanager
+def _errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Whatever the hub's library raises inside the block becomes one line."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -38,9 +88,9 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     )
 
     try:
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=list(IGNORED))
-        )
+        yield
+    except ModelError:
+        raise
     except GatedRepoError as error:
         raise ModelError(
             f"{repo} is gated: accept its terms on huggingface.co and set HF_TOKEN to a token of yours"
