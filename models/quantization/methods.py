@@ -25,6 +25,10 @@ def method_named(name: Quantization, group_size: int, device: torch.device) -> M
         from cadenza.models.quantization.int4 import Int4
 
         return Int4(group_size, device)
+    if name == "fp8":
+        from cadenza.models.quantization.fp8 import Fp8
+
+        return Fp8()
     if name == "nf4":
         from cadenza.models.quantization.nf4 import NF4
 
