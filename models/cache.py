@@ -6,11 +6,12 @@ whole, so what a killed process leaves behind is never read. Knows nothing of GG
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from filelock import FileLock, Timeout
 from cadenza.models.errors import ModelError
 
 MANIFEST = "cadenza.json"
+_UNFINISHED = ".tmp-"
+
+log = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
@@ -64,26 +68,35 @@ def sha256_of(path: Path) -> str:
 
 
 def remembered_digest(file: Path) -> str:
-    """SHA-256 of the file, computed again only when its size or time has changed: big files take a while."""
+    """SHA-256 of the file, computed again only when its size or a time has changed: big files take a while."""
+    *known, digest = _known_digests().get(str(file.absolute()), [""])
+    if known != _identity(file):
+        digest = sha256_of(file)
+        _remember(file, digest)
+    return str(digest)
+
+
+def _identity(file: Path) -> list[int]:
+    """The second time is that of any change, which nobody can set."""
     stat = file.stat()
-    key = f"{file.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
-    notes = cache_root() / "digests.json"
-    with exclusive("digests"):
-        known = _known_digests(notes)
-    if key not in known:
-        digest = sha256_of(file)  # outside the lock: other files must not wait for this one
-        with exclusive("digests"):
-            known = _known_digests(notes) | {key: digest}
-            _replace_text(notes, json.dumps(known, indent=1))
-    return known[key]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _known_digests(notes: Path) -> dict[str, str]:
+def _remember(file: Path, digest: str) -> None:
+    """Spares others the reading; where the cache cannot be written, they read."""
+    note = {str(file.absolute()): [*_identity(file), digest]}
+    with suppress(ModelError), exclusive("digests"):
+        known = {path: facts for path, facts in _known_digests().items() if Path(path).exists()}
+        _replace_text(cache_root() / "digests.json", json.dumps(known | note, indent=1))
+
+
+def _known_digests() -> dict[str, list[Any]]:
+    """[size, times, SHA-256] of files by their path."""
     try:
-        known = json.loads(notes.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = json.loads((cache_root() / "digests.json").read_text(encoding="utf-8"))
+        return {path: facts for path, facts in known.items() if isinstance(facts, list) and facts}
+    except (OSError, ValueError, AttributeError):
         return {}
-    return known if isinstance(known, dict) else {}
 
 
 def _replace_text(file: Path, text: str) -> None:
@@ -107,6 +120,21 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
+def is_intact(folder: Path) -> bool:
+    """Whether the folder is complete and holds the very bytes that were published; says so where it does not.
+
+    Quick as long as nobody has touched the files since.
+    """
+    if not is_complete(folder):
+        return False
+    digests = (read_manifest(folder) or {}).get("sha256", {})
+    with suppress(OSError):
+        if digests and all(remembered_digest(folder / name) == digest for name, digest in digests.items()):
+            return True
+    log.warning("%s is damaged, and is not used", folder)
+    return False
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The folder's manifest, or None where there is none that can be read."""
     try:
@@ -119,27 +147,63 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def build_folder(target: Path, facts: dict[str, Any], build: Callable[[Path], None]) -> None:
     """Let `build` fill a temporary folder, then publish it as `target` in one step.
 
-    The caller holds the lock of `target`, so whatever temporary folders lie beside it are remains.
+    The caller holds the lock of `target`.
     """
-    prefix = f".{target.name}.tmp-"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for remains in target.parent.glob(f"{prefix}*"):
-            shutil.rmtree(remains, ignore_errors=True)
-        building = target.parent / f"{prefix}{os.getpid()}"
+        for remains in unfinished(target.parent):
+            _remove_remains(remains, target.name)
+        building = target.parent / f".{target.name}{_UNFINISHED}{os.getpid()}"
         building.mkdir()
         try:
             build(building)
-            files = {entry.name: entry.stat().st_size for entry in building.iterdir()}
-            (building / MANIFEST).write_text(json.dumps(facts | {"files": files}, indent=2), encoding="utf-8")
+            facts = facts | _contents(building)
+            (building / MANIFEST).write_text(json.dumps(facts, indent=2), encoding="utf-8")
             _flush(building)
             if target.exists():
                 shutil.rmtree(target)
             os.replace(building, target)
         finally:
             shutil.rmtree(building, ignore_errors=True)
+        for name, digest in facts["sha256"].items():
+            _remember(target / name, digest)
     except OSError as error:
-        raise ModelError(f"cannot write {target}: {error.strerror or error}") from error
+        raise ModelError(f"cannot write {target}: {error.strerror or error}{_space(target)}") from error
+
+
+def unfinished(parent: Path) -> list[Path]:
+    """Folders that are being built, or were when their process was killed."""
+    return sorted(parent.glob(f".*{_UNFINISHED}*"))
+
+
+def _remove_remains(folder: Path, held: str) -> None:
+    """held: the lock that we have; a folder whose lock another process has is being built."""
+    name = folder.name[1:].rpartition(_UNFINISHED)[0]
+    lock = FileLock(cache_root() / "locks" / f"{name}.lock")
+    try:
+        if name != held:
+            lock.acquire(timeout=0)
+        shutil.rmtree(folder, ignore_errors=True)
+    except Timeout:
+        pass
+    finally:
+        lock.release()
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """Size and SHA-256 of every file."""
+    files = sorted(folder.iterdir())
+    return {
+        "files": {file.name: file.stat().st_size for file in files},
+        "sha256": {file.name: sha256_of(file) for file in files},
+    }
+
+
+def _space(target: Path) -> str:
+    try:
+        return f"; {shutil.disk_usage(target.parent).free / 1e9:.2f} GB are free there"
+    except OSError:
+        return ""
 
 
 def _flush(folder: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cadenza.models import fetch, gguf, hub
-from cadenza.models.cache import cache_root, is_complete, read_manifest
+from cadenza.models.cache import cache_root, is_complete, read_manifest, unfinished
 from cadenza.models.errors import ModelError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -66,6 +66,25 @@ def cached_models() -> list[CachedModel]:
         if is_complete(folder) and (manifest := read_manifest(folder)):
             found.append(CachedModel(manifest["name"], folder, sum(manifest["files"].values())))
     return found + [CachedModel(*entry) for entry in hub.cached()]
+
+
+def quantized_copies() -> list[CachedModel]:
+    """What `--quantization` has left in the cache, each made again when it is needed: what may be deleted."""
+    root, found = cache_root() / "quantized", []
+    for folder in sorted(root.glob("[!.]*")):
+        if manifest := read_manifest(folder):
+            methods = ", ".join(method for method in manifest.get("methods", ()) if method != "embedding")
+            name = f"{manifest.get('name', folder.name)} ({methods})"
+            found.append(CachedModel(name, folder, sum(manifest["files"].values())))
+    found.sort(key=lambda copy: copy.name)
+    return found + [CachedModel("(unfinished)", folder, _size(folder)) for folder in unfinished(root)]
+
+
+def _size(folder: Path) -> int:
+    try:
+        return sum(file.stat().st_size for file in folder.rglob("*"))
+    except OSError:  # it was published, or removed, in the meantime
+        return 0
 
 
 def _resolve_alias(name: str, model: fetch.WheelModel) -> Path:

@@ -15,7 +15,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from cadenza.models.cache import build_folder, cache_root, exclusive, is_complete, remembered_digest, say
+from cadenza.models.cache import build_folder, cache_root, exclusive, is_intact, remembered_digest, say
 from cadenza.models.checkpoint import Checkpoint
 from cadenza.models.errors import ModelError
 from cadenza.models.quantization.base import Method
@@ -43,13 +43,13 @@ def stored_weights(
     replaced: Mapping[str, Replaced],
     open_original: Any,
 ) -> FileWeights:
-    """The tensors for `module`, whose layers have been replaced; made first unless a whole folder is at `target`.
+    """The tensors for `module`, whose layers have been replaced; made first unless an intact folder is at `target`.
 
     name: what to call the model to a person. open_original: gives the original tensors by name, when they are needed.
     """
-    if not is_complete(target):
+    if not is_intact(target):
         with exclusive(target.name):
-            if not is_complete(target):
+            if not is_intact(target):
                 facts = {
                     "name": name,
                     "methods": sorted({_method_name(entry) for entry in replaced.values()}),
@@ -71,7 +71,7 @@ def _write(
     needed, free = sum(tensor.nbytes for tensor in wanted.values()), shutil.disk_usage(folder).free
     if needed > free:
         raise ModelError(
-            f"quantizing {name} writes {needed / 1e9:.1f} GB to {cache_root()}, where {free / 1e9:.1f} GB are free"
+            f"quantizing {name} writes {needed / 1e9:.2f} GB to {cache_root()}, where {free / 1e9:.2f} GB are free"
         )
     say(f"Quantizing {name}; this happens once …")
     with open_original() as original:

@@ -1,6 +1,10 @@
 """`cadenza pull` and `cadenza models`: what is on this machine."""
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cadenza.models.source import CachedModel
 
 
 def pull(args: argparse.Namespace) -> int:
@@ -18,14 +22,21 @@ def pull(args: argparse.Namespace) -> int:
 
 
 def models(args: argparse.Namespace) -> int:
-    """List the models that need no network."""
+    """List the models that need no network, and their quantized copies."""
     from cadenza.models import cached_models
+    from cadenza.models.source import quantized_copies
 
-    found = cached_models()
+    found, copies = cached_models(), quantized_copies()
     if not found:
         print("no models are cached; `cadenza pull smollm2` fetches a small one")
-        return 0
-    width = max(len(model.name) for model in found)
-    for model in found:
-        print(f"{model.name:<{width}}  {model.bytes / 1e9:8.2f} GB  {model.path}")
+    _print_table(found)
+    if copies:
+        print("quantized copies, which may be deleted; they are made again when needed:")
+        _print_table(copies)
     return 0
+
+
+def _print_table(rows: "list[CachedModel]") -> None:
+    width = max((len(row.name) for row in rows), default=0)
+    for row in rows:
+        print(f"{row.name:<{width}}  {row.bytes / 1e9:8.2f} GB  {row.path}")
