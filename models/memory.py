@@ -15,6 +15,7 @@ from cadenza.models.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
+GIB = 1024**3
 PROC = Path("/proc")
 _LIMITS = (("RLIMIT_DATA", "VmData"), ("RLIMIT_AS", "VmSize"))
 """Limits of the process, and the line of /proc/self/status that counts against each."""
@@ -50,8 +51,8 @@ def require_memory(needed: int, device: "torch.device", what: str) -> None:
     memory = memory_of(device)
     if memory is not None and needed > memory.free:
         raise ModelError(
-            f"{what} does not fit: its weights take {needed / 1e9:.2f} GB, "
-            f"{device} has {memory.free / 1e9:.2f} GB free of {memory.total / 1e9:.2f} ({memory.bound})"
+            f"{what} does not fit: its weights take {needed / GIB:.2f} GiB, "
+            f"{device} has {memory.free / GIB:.2f} GiB free of {memory.total / GIB:.2f} ({memory.bound})"
         )
 
 

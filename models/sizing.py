@@ -16,7 +16,7 @@ from cadenza.models.linear import PACKED_DTYPES
 from cadenza.models.quantization.base import Method, QuantizedLinear
 from cadenza.models.quantization.embedding import QuantizedEmbedding
 from cadenza.models.quantization.swap import ROUTERS, quantize_modules
-from cadenza.models.skeleton import empty_module
+from cadenza.models.skeleton import empty_module, keep_in_float32
 
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _NUM_ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
@@ -73,9 +73,8 @@ def sized_module(model_class: Any, config: Any, dtype: torch.dtype, method: Meth
         module = empty_module(model_class, config)
     finally:
         torch.set_default_dtype(default)
-    if method is None:
-        _keep_in_float32(module, dtype)
-    else:
+    keep_in_float32(module, dtype)
+    if method is not None:
         quantize_modules(module, method, dtype)
     return module
 
@@ -125,19 +124,6 @@ def _kind(name: str, owner: nn.Module, own_name: str, tensor: torch.Tensor) -> s
     if isinstance(owner, nn.Linear | Conv1D):
         return "layers of a shape that the method cannot store"
     return "weights that are not linear layers"
-
-
-def _keep_in_float32(module: Any, dtype: torch.dtype) -> None:
-    """As `from_pretrained` does with parts that their authors want so."""
-    names = tuple(module._get_dtype_plan(dtype)) if hasattr(module, "_get_dtype_plan") else ()
-    for path, part in module.named_modules() if names else ():
-        for own_name, tensor in [*part._parameters.items(), *part._buffers.items()]:
-            if tensor is None or not any(name in f"{path}.{own_name}".split(".") for name in names):
-                continue
-            if own_name in part._parameters:
-                part._parameters[own_name] = nn.Parameter(tensor.float(), requires_grad=False)
-            else:
-                part._buffers[own_name] = tensor.float()
 
 
 def _longest_list(module: nn.Module, length: int) -> list[nn.Module]:

@@ -40,7 +40,21 @@ def hollow_module(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
             module = model_class(config)
     finally:
         torch.set_default_dtype(default)
+    keep_in_float32(module, dtype)
     return module.eval().requires_grad_(False)
+
+
+def keep_in_float32(module: Any, dtype: torch.dtype) -> None:
+    """The parts that their authors want so, in place, as `from_pretrained` does: routers' biases, say."""
+    names = tuple(module._get_dtype_plan(dtype)) if hasattr(module, "_get_dtype_plan") else ()
+    for path, part in module.named_modules() if names else ():
+        for own_name, tensor in [*part._parameters.items(), *part._buffers.items()]:
+            if tensor is None or not any(name in f"{path}.{own_name}".split(".") for name in names):
+                continue
+            if own_name in part._parameters:
+                part._parameters[own_name] = nn.Parameter(tensor.float(), requires_grad=False)
+            else:
+                part._buffers[own_name] = tensor.float()
 
 
 def open_skeleton(

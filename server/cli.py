@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="serve a model over HTTP"))
     _add_run(commands.add_parser("run", help="chat with a model in the terminal"))
+    _add_plan(commands.add_parser("plan", help="say what serving a model would take, without loading it"))
     pull = commands.add_parser("pull", help="fetch a model and print where it lies")
     options.add_source(pull)
     pull.set_defaults(command=("cache", "pull"))
@@ -87,6 +88,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, help="longest answer")
     add("--seed", type=int, help="the same answers every time")
     options.add_loading(parser)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=("plan", "plan"))
+    options.add_source(parser)
+    parser.add_argument("--json", action="store_true", help="sizes in bytes, under keys that stay")
+    options.add_loading(parser)
+    options.add_engine(parser)
 
 
 def _key(text: str) -> str:

@@ -113,7 +113,7 @@ def test_no_limit_is_no_bound() -> None:
 def test_a_refusal_has_the_numbers(proc: Path) -> None:
     require_memory(500_000, CPU, "it")
     expected = (
-        r"m does not fit: its weights take 2\.00 GB, cpu has 0\.00 GB free of 0\.00 \(the system's memory\)"
+        r"m does not fit: its weights take 2\.00 GiB, cpu has 0\.00 GiB free of 0\.00 \(the system's memory\)"
     )
     with pytest.raises(ModelError, match=expected):
-        require_memory(2 * 10**9, CPU, "m")
+        require_memory(2 * 1024**3, CPU, "m")
