@@ -66,7 +66,9 @@ def outline(
         if alias.gguf_path.is_file():
             return _of_gguf(source, alias.gguf_path)
         raise ModelError(f"{source} is not on this machine yet; `cadenza pull {source}` fetches it")
-    if path.suffix.lower() == ".gguf" and path.is_file():
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no file {source}")
         return _of_gguf(served_name(source), path)
     if path.is_dir() and (path / "config.json").is_file():
         return _of_folder(served_name(source), path, trust_remote_code, allow_pickle)
