@@ -59,6 +59,11 @@ class QuantizedLinear(nn.Module, ABC):
     def apply_prepared(self, x: Tensor) -> Tensor:
         """`forward` after `prepare`."""
 
+    @property
+    def operator(self) -> str:
+        """What multiplies once the layer is prepared, in a few words for a person."""
+        return "torch, dequantized for every product"
+
     @classmethod
     @abstractmethod
     def concatenate(cls, layers: Sequence[Self]) -> Self | None:

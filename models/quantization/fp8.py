@@ -74,6 +74,13 @@ class Fp8Linear(QuantizedLinear):
         parts = [PackedLinear(fp8_values(part), None)(x) for part in self.qweight.split(step)]
         return torch.cat(parts, dim=-1).mul_(self.scale)
 
+    @property
+    def operator(self) -> str:
+        if self.qweight.device.type == "cpu":
+            return "oneDNN float32, packed from fp8 for every product"
+        is_scaled = can_scale_rows(self.qweight.device, self.out_features, self.in_features)
+        return "torch fp8, 8-bit activations" if is_scaled else super().operator
+
     @classmethod
     def concatenate(cls, layers: Sequence["Fp8Linear"]) -> "Fp8Linear":
         whole = cls(

@@ -115,6 +115,15 @@ class Int4Linear(QuantizedLinear):
         y = y[:, : self.out_features].to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
+    @property
+    def operator(self) -> str:
+        is_packed = self.qweight.device.type == "cpu" and cpu_layout() == self.layout
+        return (
+            f"torch int4, groups of {self.group_size}, bfloat16 activations"
+            if is_packed
+            else super().operator
+        )
+
     @classmethod
     def concatenate(cls, layers: Sequence["Int4Linear"]) -> "Int4Linear | None":
         first = layers[0]

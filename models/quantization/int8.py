@@ -86,6 +86,15 @@ class Int8Linear(QuantizedLinear):
     def apply_prepared(self, x: Tensor) -> Tensor:
         return int8_linear(x, self._laid_out, self._factor, self.bias, self._product)
 
+    @property
+    def operator(self) -> str:
+        names = {
+            id(ONEDNN): "oneDNN int8",
+            id(INT_MM): "torch int8",
+            id(CHUNKED): "float32 products of 8-bit integers",
+        }
+        return f"{names[id(self._product)]}, 8-bit activations"
+
     @classmethod
     def concatenate(cls, layers: Sequence["Int8Linear"]) -> "Int8Linear":
         whole = cls(

@@ -134,6 +134,10 @@ class NF4Linear(QuantizedLinear):
             return y
         return F.linear(x, weight.to(x.dtype))
 
+    @property
+    def operator(self) -> str:
+        return f"bitsandbytes nf4, {'fused' if self._is_fused else 'dequantized for every product'}"
+
     @classmethod
     def concatenate(cls, layers: Sequence["NF4Linear"]) -> "NF4Linear":
         whole = cls(
