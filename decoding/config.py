@@ -12,6 +12,7 @@ from cadenza.decoding.kv_cache import LayerShape
 from cadenza.decoding.logits import LogprobsMode
 from cadenza.decoding.memory_plan import Demand
 from cadenza.models import ModelError
+from cadenza.models.offload.budget import StepNeeds
 
 NGRAM = "ngram"
 
@@ -69,6 +70,17 @@ class EngineConfig:
         if self.max_num_batched_tokens is not None:
             return self.max_num_batched_tokens
         return max(512 if device.type == "cpu" else 4096, self.max_num_seqs + TILE)
+
+    def step_needs(self, device: torch.device) -> StepNeeds:
+        """What the loader must leave of a memory budget."""
+        asked = self.kv_cache_memory_gb
+        return StepNeeds(
+            kv_cache_bytes=None if asked is None else int(asked * 1024**3),
+            num_tokens=self.tokens_per_step(device),
+            num_rows=self.max_num_seqs * (1 + (self.num_speculative_tokens if self.speculative else 0)),
+            num_seqs=self.max_num_seqs,
+            least_kv_tokens=2 * TILE,
+        )
 
 
 class Plannable(Protocol):

@@ -99,7 +99,7 @@ class Engine:
         cls, source: str, load: LoadConfig = LoadConfig(), config: EngineConfig = EngineConfig()
     ) -> "Engine":
         """An engine for `source`: an alias, a Hugging Face id, a local folder or a `.gguf` file."""
-        return cls(load_model(source, load), config)
+        return cls(load_model(source, load, config.step_needs), config)
 
     @property
     def tokenizer(self) -> Tokenizer:

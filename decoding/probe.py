@@ -163,15 +163,17 @@ def _tokens(module: Any) -> list[int]:
 
 
 def _device(module: Any) -> torch.device:
-    device: torch.device = next(module.parameters()).device
-    return device
+    """Parameters of layers that wait elsewhere are on meta."""
+    devices: list[torch.device] = [parameter.device for parameter in module.parameters()]
+    return next(device for device in devices if device.type != "meta")
 
 
 def _paged_logits(module: Any, shapes: list[LayerShape], block_size: int) -> Tensor:
     """Logits [tokens, V]: a prompt chunk, then the rest as decode rows."""
     tokens, like = _tokens(module), next(module.parameters())
     num_blocks = -(-len(tokens) // block_size)
-    cache = KVCache(shapes, num_blocks, block_size, like.dtype, like.device)
+    device = _device(module)
+    cache = KVCache(shapes, num_blocks, block_size, like.dtype, device)
     text = TextStream(IncrementalDetokenizer(_NoText(), (), True), StopStringFilter((), False))
     branch = Branch(
         order=(0, 0, 0),
@@ -182,7 +184,7 @@ def _paged_logits(module: Any, shapes: list[LayerShape], block_size: int) -> Ten
         cache_root=prefix_root(),
         block_table=list(range(num_blocks)),
     )
-    runner = ModelRunner(module, cache, like.device)
+    runner = ModelRunner(module, cache, device)
     parts = [runner(Step([Span(branch, 0, _NUM_PROMPT_TOKENS)]), [branch]).logits]
     for position in range(_NUM_PROMPT_TOKENS, len(tokens)):
         branch.token_ids.append(tokens[position])

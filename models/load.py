@@ -10,8 +10,8 @@ import gc
 import hashlib
 import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ from cadenza.models.architecture import causal_lm_class, context_length, read_co
 from cadenza.models.checkpoint import Checkpoint, open_checkpoint
 from cadenza.models.errors import ModelError
 from cadenza.models.generation_config import FILE_NAME, eos_ids, read_generation_config, sampling_defaults
+from cadenza.models.offload.budget import StepNeeds, limits
 from cadenza.models.quantization.names import Quantization
 from cadenza.models.source import resolve, served_name
 from cadenza.models.tokenizer import Tokenizer
@@ -26,6 +27,9 @@ from cadenza.models.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import torch
 
+    from cadenza.models.offload.placement import Placement
+
+Needs = Callable[["torch.device"], StepNeeds]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -47,6 +51,13 @@ class LoadConfig:
     """How linear layers and the token embedding are stored: none keeps the dtype. See `models.quantization`."""
     quantization_group_size: int = 32
     """Weights that share a scale in int4: 32, 64 or 128."""
+    max_memory: str | None = None
+    """Of the device, or by device, such as 2GiB or cuda:0=20GiB,cpu=30GiB: weights beyond it wait elsewhere. Counts
+    weights, the KV cache and what a step takes; not the process itself, nor a draft model. None: all must fit."""
+    cpu_offload_gb: float = 0.0
+    """On a GPU: so many units of 1024³ bytes of weights stay in CPU memory."""
+    offload_folder: str | None = None
+    """For weights that wait on disk and cannot be read from the checkpoint's own files. None: in the cache."""
 
 
 @dataclass
@@ -69,26 +80,38 @@ class LoadedModel:
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds by stage, in order."""
     quantization: Quantization = "none"
+    placement: "Placement | None" = None
+    """Which weights wait elsewhere; None: none do."""
     num_parameters: int = 0
     """That the model was made of, whatever they are stored as; 0: as many as the module has."""
     weight_bytes: int = field(init=False)
-    """What parameters and buffers took when they were loaded."""
+    """What parameters and buffers took, on the device, when they were loaded."""
+
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        """What `max_memory` leaves for an engine's KV cache; None: nothing is limited."""
+        return None if self.placement is None else self.placement.kv_cache_bytes
 
     def __post_init__(self) -> None:
         self.num_parameters = self.num_parameters or sum(part.numel() for part in self.module.parameters())
         tensors = itertools.chain(self.module.parameters(), self.module.buffers())
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
+        if self.placement is not None:
+            self.weight_bytes = self.placement.resident_bytes
 
 
-def load_model(source: str, config: LoadConfig = LoadConfig()) -> LoadedModel:
-    """Everything the engine needs of a model. Raises `ModelError`."""
+def load_model(source: str, config: LoadConfig = LoadConfig(), needs: Needs | None = None) -> LoadedModel:
+    """Everything the engine needs of a model. Raises `ModelError`.
+
+    needs: what an engine on this device will take of `max_memory`, where that is given; None: one with its defaults.
+    """
     if config.dtype not in DTYPES:
         raise ModelError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
     with _no_garbage_collection():
-        return _load(source, config)
+        return _load(source, config, needs)
 
 
-def _load(source: str, config: LoadConfig) -> LoadedModel:
+def _load(source: str, config: LoadConfig, needs: Needs | None) -> LoadedModel:
     timings: dict[str, float] = {}
     with _stage("resolve", timings):
         folder = resolve(
@@ -112,6 +135,13 @@ def _load(source: str, config: LoadConfig) -> LoadedModel:
     text_config = model_config.get_text_config(decoder=True)
     dtype: torch.dtype = getattr(torch, _dtype_name(config.dtype, device.type, stored_dtype))
     max_model_len = context_length(text_config, config.max_model_len)
+    allowed = limits(
+        config.max_memory,
+        config.cpu_offload_gb,
+        config.offload_folder,
+        str(device),
+        replace(StepNeeds() if needs is None else needs(device), context_length=max_model_len),
+    )
     with _stage("tokenizer", timings):
         tokenizer = Tokenizer.from_folder(
             folder,
@@ -121,7 +151,15 @@ def _load(source: str, config: LoadConfig) -> LoadedModel:
     with _stage("weights", timings):
         module = load_module(
             ModuleSource(
-                source, folder, checkpoint, model_class, model_config, dtype, device, config.trust_remote_code
+                source,
+                folder,
+                checkpoint,
+                model_class,
+                model_config,
+                dtype,
+                device,
+                config.trust_remote_code,
+                allowed,
             ),
             method_named(config.quantization, config.quantization_group_size, device),
         )
@@ -136,6 +174,7 @@ def _load(source: str, config: LoadConfig) -> LoadedModel:
         device=device,
         dtype=dtype,
         quantization=config.quantization,
+        placement=getattr(module, "placement", None),
         num_parameters=num_parameters(model_class, model_config),
         fingerprint=_fingerprint(folder, checkpoint, dtype, config),
         eos_token_ids=eos_ids(own.get("eos_token_id"), text_config.eos_token_id, tokenizer.eos_token_id),

@@ -7,6 +7,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from cadenza.models.checkpoint import Checkpoint
 from cadenza.models.errors import ModelError, one_line
 from cadenza.models.install import install, slots
 from cadenza.models.memory import require_memory
+from cadenza.models.offload.budget import Limits
+from cadenza.models.offload.dispatch import dispatch
+from cadenza.models.offload.placement import place
+from cadenza.models.offload.scratch import Scratch
 from cadenza.models.progress import progress_bars_on_terminals_only
 from cadenza.models.quantization.base import Method
 from cadenza.models.quantization.store import store_folder, stored_weights
@@ -37,10 +42,14 @@ class ModuleSource:
     dtype: torch.dtype
     device: torch.device
     trust_remote_code: bool
+    limits: Limits | None = None
+    """What the model may take; None: whatever it needs."""
 
 
 def load_module(source: ModuleSource, method: Method | None) -> Any:
     """The transformers module, on its device. Raises `ModelError`."""
+    if source.limits is not None:
+        return _load_offloaded(source, source.limits, method)
     if method is not None:
         return _load_quantized(source, method)
     require_memory(source.checkpoint.loaded_bytes(source.dtype.itemsize), source.device, source.name)
@@ -70,30 +79,46 @@ def _load_whole(source: ModuleSource) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def _load_quantized(source: ModuleSource, method: Method) -> Any:
+def _load_offloaded(source: ModuleSource, limits: Limits, method: Method | None) -> Any:
+    """The module with what has room on the device, and streams for the rest; its `placement` says which is where."""
     module = hollow_module(source.model_class, source.config, source.dtype)
-    replaced = quantize_modules(module, method, source.dtype)
-    require_memory(sum(tensor.nbytes for tensor in module.state_dict().values()), source.device, source.name)
-    target = store_folder(source.folder, source.checkpoint, method, source.dtype)
-    weights = stored_weights(target, source.name, module, replaced, lambda: _original(source))
-    with _memory_errors(source):
-        install(slots(module), weights, source.device)
-        return module.to(source.device)
+    replaced = {} if method is None else quantize_modules(module, method, source.dtype)
+    text_config = source.config.get_text_config(decoder=True)
+    placement = place(module, text_config, source.device, source.dtype, limits, source.name)
+    scratch = Scratch(limits.folder)
+    try:
+        if method is None:
+            module, weights = _skeleton(source, scratch.path)
+        else:
+            target = store_folder(source.folder, source.checkpoint, method, source.dtype)
+            open_original = partial(_original, source, limits.folder)
+            weights = stored_weights(target, source.name, module, replaced, open_original)
+        with _memory_errors(source):
+            dispatch(module, weights, source.device, placement)
+    except BaseException:
+        scratch.remove()
+        raise
+    scratch.keep_for(module)
+    module.placement = placement
+    return module
 
 
 @contextlib.contextmanager
-def _original(source: ModuleSource) -> Iterator[FileWeights]:
-    """The checkpoint's tensors, one by one, for as long as the block lasts."""
-    with tempfile.TemporaryDirectory(prefix="cadenza-") as scratch:
-        _, weights = open_skeleton(
-            source.model_class,
-            source.folder,
-            source.config,
-            source.dtype,
-            Path(scratch),
-            is_pickle=source.checkpoint.is_pickle,
-        )
-        yield weights
+def _original(source: ModuleSource, parent: Path | None = None) -> Iterator[FileWeights]:
+    """The checkpoint's tensors, one by one, for as long as the block lasts; scratch files go below `parent`."""
+    with tempfile.TemporaryDirectory(prefix="cadenza-", dir=parent) as scratch:
+        yield _skeleton(source, Path(scratch))[1]
+
+
+def _skeleton(source: ModuleSource, scratch: Path) -> tuple[Any, FileWeights]:
+    return open_skeleton(
+        source.model_class,
+        source.folder,
+        source.config,
+        source.dtype,
+        scratch,
+        is_pickle=source.checkpoint.is_pickle,
+    )
 
 
 @contextlib.contextmanager

@@ -5,8 +5,9 @@ quantized layers are laid out for the device they are on. Layers that are given 
 key and value projections, become one product.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cadenza.models.activation import ACTIVATIONS, RowwiseActivation
 from cadenza.models.linear import PACKED_DTYPES, PackedGroup, PackedLinear
+from cadenza.models.offload.stream import streams_of
 from cadenza.models.quantization.base import QuantizedLinear
 
 Siblings = Sequence[tuple[nn.Module, Sequence[str]]]
@@ -56,7 +58,22 @@ def pack(module: nn.Module, siblings: Siblings = (), *, on_cpu: bool = True) -> 
     Covers `nn.Linear`, GPT-2's `Conv1D` (a linear layer with its weight transposed) and quantized layers, which are
     laid out for their device. Row-major weights are released as they are packed unless something else, such as a
     tied embedding, holds them. on_cpu: whether `can_pack` says that layers in full precision can be packed.
+    Layers that wait elsewhere (`models.offload`) are packed each time they come, and not counted.
     """
+    streams = streams_of(module)
+    waiting = {part for stream in streams for part in stream.module.modules()}
+    # the largest ones first, since they need most memory while they are packed
+    for stream in sorted(streams, key=lambda stream: stream.num_bytes, reverse=True):
+        own = set(stream.module.modules())
+        within = [(parent, names) for parent, names in siblings if parent in own]
+        stream.lay_out_with(partial(_pack, siblings=within, on_cpu=on_cpu))
+    rest = [(parent, names) for parent, names in siblings if parent not in waiting]
+    return _pack(module, rest, on_cpu=on_cpu, skip={stream.module for stream in streams})
+
+
+def _pack(
+    module: nn.Module, siblings: Siblings, *, on_cpu: bool, skip: Collection[nn.Module] = frozenset()
+) -> int:
     count = 0
     for parent, names in siblings:
         whole = _joined([getattr(parent, name) for name in names], on_cpu)
@@ -68,7 +85,7 @@ def pack(module: nn.Module, siblings: Siblings = (), *, on_cpu: bool = True) -> 
         for name, member in zip(names, group.members(), strict=True):
             setattr(parent, name, member)
             count += 1
-    for parent in list(module.modules()):
+    for parent in list(_modules_outside(module, skip)):
         for name, child in list(parent.named_children()):
             if isinstance(child, QuantizedLinear) and not child.is_prepared:
                 child.prepare()
@@ -79,6 +96,14 @@ def pack(module: nn.Module, siblings: Siblings = (), *, on_cpu: bool = True) -> 
             elif on_cpu and isinstance(child, ACTIVATIONS):
                 setattr(parent, name, RowwiseActivation(child))
     return count
+
+
+def _modules_outside(module: nn.Module, skip: Collection[nn.Module]) -> Iterator[nn.Module]:
+    """`module` and all below it, but for what is in `skip` and below."""
+    if module not in skip:
+        yield module
+        for child in module.children():
+            yield from _modules_outside(child, skip)
 
 
 def _joined(layers: Sequence[nn.Module], on_cpu: bool) -> PackedLinear | QuantizedLinear | None:

@@ -32,6 +32,7 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 """The types of the safetensors format that torch has operators for."""
+_READ_AT_ONCE = 128 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +110,23 @@ class FileWeights(Mapping[str, Tensor]):
             return self._in_memory[name].nbytes
         return prod(self._places[name].shape) * self._places[name].wanted.itemsize
 
+    def is_view(self, name: str) -> bool:
+        """Whether the tensor, as it is wanted, is the file's own bytes."""
+        return name in self._places and self._places[name].stored == self._places[name].wanted
+
     def read_ahead(self, names: Iterable[str]) -> None:
-        """Ask the system to read these tensors while other work goes on, where it takes such hints."""
+        """Ask the system to read these tensors while other work goes on, where it takes such hints.
+
+        In small pieces: Linux reads no more for one hint than the disk's largest request.
+        """
         if not hasattr(os, "posix_fadvise"):
             return
         for place in (self._places[name] for name in names if name in self._places):
             with place.file.open("rb") as file:
-                os.posix_fadvise(file.fileno(), place.offset, place.num_bytes, os.POSIX_FADV_WILLNEED)
+                end = place.offset + place.num_bytes
+                for start in range(place.offset, end, _READ_AT_ONCE):
+                    size = min(_READ_AT_ONCE, end - start)
+                    os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
     def release(self) -> None:
         """Give back the memory of what was read; tensors handed out stay valid and are read again when used."""

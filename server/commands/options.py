@@ -33,6 +33,13 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         help="store weights in fewer bits (default: none)",
     )
     add("--quantization-group-size", type=int, choices=[32, 64, 128], help="weights per scale in int4")
+    add(
+        "--max-memory",
+        metavar="SIZE",
+        help="weights that have no room stay on disk: 2GiB, 1500MB, or by device, cuda:0=20GiB,cpu=30GiB",
+    )
+    add("--cpu-offload-gb", type=float, metavar="GIB", help="on a GPU: weights that stay in CPU memory")
+    add("--offload-folder", metavar="PATH", help="for weights that no file holds as they are needed")
     add("--max-model-len", type=int, metavar="TOKENS", help="shorten the context")
     add("--chat-template", metavar="PATH", help="a template file, or the template")
     add(
