@@ -127,10 +127,13 @@ def _load(source: str, config: LoadConfig, needs: Needs | None) -> LoadedModel:
         import torch
 
         from cadenza.models.module import ModuleSource, load_module, num_parameters
+        from cadenza.models.prequantized.checkpoint import announce
+        from cadenza.models.prequantized.detect import taken_format
         from cadenza.models.quantization.methods import method_named
 
         device = _device(config.device)
         model_config = read_config(folder, trust_remote_code=config.trust_remote_code)
+        stored_format = taken_format(model_config)
         model_class = causal_lm_class(model_config, trust_remote_code=config.trust_remote_code)
     text_config = model_config.get_text_config(decoder=True)
     dtype: torch.dtype = getattr(torch, _dtype_name(config.dtype, device.type, stored_dtype))
@@ -148,6 +151,8 @@ def _load(source: str, config: LoadConfig, needs: Needs | None) -> LoadedModel:
             chat_template=_template_text(config.chat_template),
             trust_remote_code=config.trust_remote_code,
         )
+    if stored_format is not None:
+        announce(served_name(source), stored_format, config.quantization, dtype)
     with _stage("weights", timings):
         module = load_module(
             ModuleSource(
@@ -160,6 +165,7 @@ def _load(source: str, config: LoadConfig, needs: Needs | None) -> LoadedModel:
                 device,
                 config.trust_remote_code,
                 allowed,
+                stored_format,
             ),
             method_named(config.quantization, config.quantization_group_size, device),
         )

@@ -6,7 +6,7 @@ Knows nothing of tokenizers or engines.
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from cadenza.models.offload.budget import Limits
 from cadenza.models.offload.dispatch import dispatch
 from cadenza.models.offload.placement import place
 from cadenza.models.offload.scratch import Scratch
+from cadenza.models.prequantized.base import Format
+from cadenza.models.prequantized.checkpoint import weights_for, write_floats
 from cadenza.models.progress import progress_bars_on_terminals_only
 from cadenza.models.quantization.base import Method
 from cadenza.models.quantization.store import store_folder, stored_weights
@@ -44,6 +46,8 @@ class ModuleSource:
     trust_remote_code: bool
     limits: Limits | None = None
     """What the model may take; None: whatever it needs."""
+    stored_format: Format | None = None
+    """What the weights were quantized by; None: they are floats."""
 
 
 def load_module(source: ModuleSource, method: Method | None) -> Any:
@@ -52,6 +56,8 @@ def load_module(source: ModuleSource, method: Method | None) -> Any:
         return _load_offloaded(source, source.limits, method)
     if method is not None:
         return _load_quantized(source, method)
+    if source.stored_format is not None:
+        return _load_dequantized(source)
     require_memory(source.checkpoint.loaded_bytes(source.dtype.itemsize), source.device, source.name)
     module = _load_whole(source)
     with _memory_errors(source):
@@ -77,6 +83,27 @@ def _load_whole(source: ModuleSource) -> Any:
         raise ModelError(f"the weights in {source.folder} cannot be loaded: {one_line(error)}") from error
     require_all_tensors(report, source.folder)
     return module.eval().requires_grad_(False)
+
+
+def _load_dequantized(source: ModuleSource) -> Any:
+    module = hollow_module(source.model_class, source.config, source.dtype)
+    require_memory(sum(tensor.nbytes for tensor in module.state_dict().values()), source.device, source.name)
+    with tempfile.TemporaryDirectory(prefix="cadenza-") as scratch:
+        module, weights = _skeleton(source, Path(scratch))
+        with _memory_errors(source):
+            install(slots(module), weights, source.device)
+            return module.to(source.device)
+
+
+def _load_quantized(source: ModuleSource, method: Method) -> Any:
+    module = hollow_module(source.model_class, source.config, source.dtype)
+    replaced = quantize_modules(module, method, source.dtype)
+    require_memory(sum(tensor.nbytes for tensor in module.state_dict().values()), source.device, source.name)
+    target = store_folder(source.folder, source.checkpoint, method, source.dtype)
+    weights = stored_weights(target, source.name, module, replaced, lambda: _original(source))
+    with _memory_errors(source):
+        install(slots(module), weights, source.device)
+        return module.to(source.device)
 
 
 def _load_offloaded(source: ModuleSource, limits: Limits, method: Method | None) -> Any:
@@ -111,6 +138,14 @@ def _original(source: ModuleSource, parent: Path | None = None) -> Iterator[File
 
 
 def _skeleton(source: ModuleSource, scratch: Path) -> tuple[Any, FileWeights]:
+    if source.stored_format is not None:
+        module = hollow_module(source.model_class, source.config, source.dtype)
+        weights = weights_for(module, source.checkpoint, source.stored_format)
+        if weights is not None:
+            return module, weights
+        floats = scratch / "floats"
+        written = write_floats(source.folder, source.checkpoint, source.stored_format, floats)
+        source = replace(source, folder=floats, checkpoint=written, stored_format=None)
     return open_skeleton(
         source.model_class,
         source.folder,

@@ -1,0 +1,1 @@
+"""Checkpoints that were quantized by others: their public formats, read tensor by tensor as numbers."""
