@@ -7,13 +7,22 @@ nothing of aliases or downloads.
 
 import contextlib
 import io
+import logging
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cadenza.models.cache import build_folder, cache_root, exclusive, is_complete, remembered_digest, say
+from cadenza.models.cache import (
+    build_folder,
+    cache_root,
+    exclusive,
+    is_complete,
+    read_manifest,
+    remembered_digest,
+    say,
+)
 from cadenza.models.errors import ModelError, one_line
 from cadenza.models.gguf_header import GGUFHeader, read_header
 from cadenza.models.gguf_tokenizer import end_ids, write_tokenizer
@@ -21,8 +30,11 @@ from cadenza.models.gguf_tokenizer import end_ids, write_tokenizer
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 CONVERTER_VERSION = 1
 """Part of the folder's name: raise it when the outcome of a conversion changes."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def converted_folder(gguf_sha256: str) -> Path:
@@ -40,9 +52,22 @@ def convert(gguf: Path, *, name: str, gguf_sha256: str | None = None) -> Path:
         if not is_complete(target):
             header = read_header(gguf)
             say(f"Converting {gguf.name}; this happens once …")
-            facts = {"name": name, "gguf": gguf.name, "gguf_sha256": digest}
+            facts = {"name": name, "gguf": gguf.name, "gguf_sha256": digest, "gguf_type": header.main_type}
             build_folder(target, facts, lambda folder: _write_folder(gguf, header, folder))
     return target
+
+
+def announce(folder: Path, quantization: str) -> None:
+    """Say in the log what became of a quantized file's weights; nothing for a folder that was no such file."""
+    kind = (read_manifest(folder) or {}).get("gguf_type", "F32")
+    if kind in _FLOATS:
+        return
+    if quantization == "none":
+        bits = 4 if kind.startswith(("Q4", "IQ4")) else 8
+        line = "GGUF %s weights are dequantized to float32; --quantization int%d keeps them in %d bits"
+        log.info(line, kind, bits, bits)
+    else:
+        log.info("GGUF %s weights are dequantized to float32, then stored as %s", kind, quantization)
 
 
 def _write_folder(gguf: Path, header: GGUFHeader, folder: Path) -> None:

@@ -28,6 +28,8 @@ class GGUFHeader:
     """The file's key-value pairs, vocabulary included."""
     num_elements: int
     """Of all tensors together."""
+    main_type: str = "F32"
+    """What most elements are stored as, such as Q4_1."""
 
 
 def read_header(path: Path) -> GGUFHeader:
@@ -57,19 +59,23 @@ class _Reader:
         for _ in range(num_values):
             key = self._string()
             metadata[key] = self._value(self._scalar("<I"))
-        return GGUFHeader(metadata, self._check_tensors(num_tensors, metadata))
+        elements = self._check_tensors(num_tensors, metadata)
+        main_type = max(elements, key=lambda name: elements[name], default="F32")
+        return GGUFHeader(metadata, sum(elements.values()), main_type)
 
-    def _check_tensors(self, num_tensors: int, metadata: dict[str, Any]) -> int:
-        """The elements of all tensors; raises if the file ends before the last of them."""
+    def _check_tensors(self, num_tensors: int, metadata: dict[str, Any]) -> dict[str, int]:
+        """The elements of all tensors by type; raises if the file ends before the last of them."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        elements = end = 0
+        elements: dict[str, int] = {}
+        end = 0
         for _ in range(num_tensors):
             self._string()
             count = prod(self._scalar("<Q") for _ in range(self._scalar("<I")))
-            block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(self._scalar("<I"))]
+            kind = GGMLQuantizationType(self._scalar("<I"))
+            block_elements, block_bytes = GGML_QUANT_SIZES[kind]
             end = max(end, self._scalar("<Q") + count // block_elements * block_bytes)
-            elements += count
+            elements[kind.name] = elements.get(kind.name, 0) + count
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         needed = (self._at + alignment - 1) // alignment * alignment + end
         if needed > len(self._data):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cadenza.models import gguf
 from cadenza.models.architecture import causal_lm_class, context_length, read_config
 from cadenza.models.checkpoint import Checkpoint, open_checkpoint
 from cadenza.models.errors import ModelError
@@ -151,6 +152,7 @@ def _load(source: str, config: LoadConfig, needs: Needs | None) -> LoadedModel:
             chat_template=_template_text(config.chat_template),
             trust_remote_code=config.trust_remote_code,
         )
+    gguf.announce(folder, config.quantization)
     if stored_format is not None:
         announce(served_name(source), stored_format, config.quantization, dtype)
     with _stage("weights", timings):

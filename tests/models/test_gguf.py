@@ -1,5 +1,6 @@
 """GGUF conversion: every weight and token arrives, once, and nothing half-made is ever trusted."""
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from cadenza.models import LoadConfig, LoadedModel, ModelError, load_model, resolve
 from cadenza.models.fetch import ALIASES, fetch
+from cadenza.models.gguf import announce
 from cadenza.models.gguf_header import read_header
 
 CPU = LoadConfig(device="cpu")
@@ -146,6 +148,38 @@ def test_the_header_reader_agrees_with_the_gguf_package(write_gguf: Callable[...
         if not key.startswith("GGUF."):
             assert header.metadata[key] == field.contents(), key
     assert header.num_elements == sum(int(tensor.n_elements) for tensor in reader.tensors)
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization", "line"),
+    [
+        (
+            "Q4_1",
+            "none",
+            "GGUF Q4_1 weights are dequantized to float32; --quantization int4 keeps them in 4 bits",
+        ),
+        (
+            "Q8_0",
+            "none",
+            "GGUF Q8_0 weights are dequantized to float32; --quantization int8 keeps them in 8 bits",
+        ),
+        ("Q4_1", "int8", "GGUF Q4_1 weights are dequantized to float32, then stored as int8"),
+        ("F16", "none", None),
+        (None, "none", None),
+    ],
+)
+def test_what_became_of_quantized_weights_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str | None, quantization: str, line: str | None
+) -> None:
+    facts = {"files": {}} | ({} if kind is None else {"gguf_type": kind})
+    (tmp_path / "cadenza.json").write_text(json.dumps(facts))
+    with caplog.at_level("INFO"):
+        announce(tmp_path, quantization)
+    assert [record.getMessage() for record in caplog.records] == ([] if line is None else [line])
+
+
+def test_the_real_files_main_type() -> None:
+    assert read_header(fetch(ALIASES["smollm2"])).main_type == "Q4_1"
 
 
 def test_a_killed_conversion_leaves_nothing_that_is_trusted(
