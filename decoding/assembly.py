@@ -8,6 +8,7 @@ from cadenza.decoding.bitmask import BitmaskFiller
 from cadenza.decoding.block_pool import BlockPool
 from cadenza.decoding.config import NGRAM, EngineConfig, demand
 from cadenza.decoding.core import EngineCore
+from cadenza.decoding.description import EngineDescription, describe
 from cadenza.decoding.kv_cache import KVCache, LayerShape
 from cadenza.decoding.logits import LogitsPipeline
 from cadenza.decoding.memory_plan import MemoryPlan, plan_memory
@@ -21,6 +22,7 @@ from cadenza.decoding.speculation.speculator import Speculator
 from cadenza.models import LoadedModel, ModelError
 from cadenza.models.memory import available_bytes
 from cadenza.models.packing import can_pack, pack, watch_siblings
+from cadenza.models.sizing import kept_bytes
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 class Assembly:
     core: EngineCore
     memory: MemoryPlan
+    description: EngineDescription
 
 
 def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None = None) -> Assembly:
@@ -37,6 +40,7 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
     if draft is not None:
         _check_vocabulary(model, draft)
         relative_size = draft.num_parameters / model.num_parameters
+    kept = {} if model.quantization == "none" else kept_bytes(model.module)
     shapes = _replace_layers(model, config.block_size)
     draft_shapes = [] if draft is None else _replace_layers(draft, config.block_size)
     memory = plan_memory(
@@ -77,7 +81,7 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
     )
     if memory.max_model_len < model.max_model_len:
         log.warning("sequences are limited to %d tokens by %s", memory.max_model_len, memory.context_reason)
-    return Assembly(core, memory)
+    return Assembly(core, memory, describe(model, config, memory, kept))
 
 
 def _vocab_size(model: LoadedModel) -> int:

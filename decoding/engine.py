@@ -93,6 +93,9 @@ class Engine:
         self.memory = assembly.memory
         """How the memory was divided, and why."""
         self.num_kv_tokens, self.max_model_len = self.memory.num_tokens, self.memory.max_model_len
+        self.description = assembly.description
+        """Precision, memory, operators: what a start-up report tells."""
+        log.info("engine ready: %s", self.description)
 
     @classmethod
     def load(

@@ -81,7 +81,7 @@ class PackedGroup:
 
     def __init__(self, layer: nn.Module, in_features: int, sizes: Sequence[int]) -> None:
         """layer: gives the outputs of all layers side by side; sizes: how many belong to each."""
-        self._layer = layer
+        self.layer = layer
         self._in_features = in_features
         self._sizes = list(sizes)
         self._input: Tensor | None = None
@@ -106,7 +106,7 @@ class PackedGroup:
         return share
 
     def _compute(self, x: Tensor) -> list[Tensor]:
-        shares: list[Tensor] = list(self._layer(x).split_with_sizes(self._sizes, dim=-1))
+        shares: list[Tensor] = list(self.layer(x).split_with_sizes(self._sizes, dim=-1))
         self._input, self._shares, self._num_left = x, list(shares), len(shares)
         return shares
 
@@ -118,6 +118,11 @@ class PackedMember(_Packed):
         super().__init__(in_features, out_features)
         self._group = group
         self._number = number
+
+    @property
+    def joined(self) -> nn.Module:
+        """The layer that computes for the whole group."""
+        return self._group.layer
 
     def forward(self, x: Tensor) -> Tensor:
         return self._group.take(self._number, x)

@@ -73,6 +73,14 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(f"cadenza:{name}", help_text, labels=["model_name"])
             counter.add_metric(labels, float(getattr(stats, attribute)))
             yield counter
+        info = engine.description.cache_config
+        gauge = GaugeMetricFamily(
+            "cadenza:cache_config_info",
+            "How the KV cache is divided; always 1.",
+            labels=["model_name", *info],
+        )
+        gauge.add_metric([*labels, *info.values()], 1.0)
+        yield gauge
 
 
 class ServerMetrics:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cadenza.server.commands.options import engine_config, load_config
 from cadenza.server.commands.quantities import count, gib
+from cadenza.server.commands.report import at_once
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -176,15 +177,6 @@ def _decisions(plan: "ModelPlan") -> "Table":
     if plan.draft is not None:
         table.add_row("drafts", f"by {plan.draft.name}, counted above")
     return table
-
-
-def at_once(memory: Any) -> str:
-    """memory: a `MemoryPlan`."""
-    seqs = memory.demand.max_num_seqs
-    full = f"{memory.full_length_concurrency} of {memory.max_model_len} tokens"
-    if memory.full_length_concurrency >= seqs:
-        return f"{full} (max_num_seqs)"
-    return f"{full}, or {seqs} (max_num_seqs) of {memory.full_concurrency_length}"
 
 
 def _grid() -> "Table":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from cadenza.models.errors import ModelError
 from cadenza.server.commands.options import engine_config, load_config
+from cadenza.server.commands.report import report_lines
 from cadenza.server.service import ServerSettings, Service
 
 if TYPE_CHECKING:
@@ -107,11 +108,6 @@ class Loading(threading.Thread):
 
 def _report(engine: "Engine", url: str, imports: float, total: float) -> None:
     """Where the time went, what there is room for, where to ask."""
-    model = engine.model
-    stages = {"imports": imports, **model.timings}
+    stages = {"imports": imports, **engine.description.timings}
     stages["engine"] = max(0.0, total - sum(stages.values()))
-    spent = ", ".join(f"{name} {seconds:.2f}" for name, seconds in stages.items())
-    print(f"model     {model.name}: {str(model.dtype).removeprefix('torch.')} on {model.device}")
-    print(f"context   {engine.max_model_len} tokens; KV cache for {engine.num_kv_tokens} tokens")
-    print(f"loaded    in {total:.2f} s ({spent})")
-    print(f"ready     {url}/v1", flush=True)
+    print("\n".join(report_lines(engine.description, stages, total, url)), flush=True)

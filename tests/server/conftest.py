@@ -49,6 +49,7 @@ class ScriptedEngine:
             name="scripted", tokenizer=tokenizer, sampling_defaults={}, fingerprint="fp_scripted"
         )
         self.config = SimpleNamespace(max_logprobs=20, max_queue=8)
+        self.description = SimpleNamespace(cache_config={"block_size": "16", "num_gpu_blocks": "9"})
         self.max_model_len = 512
         self.is_closed = False
         self.script = script

@@ -199,6 +199,7 @@ def test_metrics(client: Any, complete: Post) -> None:
         'cadenza:spec_decode_num_accepted_tokens_total{model_name="scripted"} 19.0',
         'cadenza:time_to_first_token_seconds_count{model_name="scripted"} 1.0',
         'cadenza:e2e_request_latency_seconds_count{model_name="scripted"} 1.0',
+        'cadenza:cache_config_info{block_size="16",model_name="scripted",num_gpu_blocks="9"} 1.0',
     ):
         assert line in text.splitlines()
 

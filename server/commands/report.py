@@ -1,0 +1,52 @@
+"""The start-up report of `cadenza serve`: what there is, what there is room for, what computes, where time went.
+
+One line per fact, of an engine's description; decides nothing.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from cadenza.server.commands.quantities import count, gib
+
+if TYPE_CHECKING:
+    from cadenza.decoding.description import EngineDescription
+    from cadenza.decoding.memory_plan import MemoryPlan
+
+
+def report_lines(
+    engine: "EngineDescription", stages: Mapping[str, float], total: float, url: str
+) -> list[str]:
+    """stages: seconds, of `total`."""
+    spent = ", ".join(f"{name} {seconds:.2f}" for name, seconds in stages.items())
+    lines = [
+        f"model     {engine.model}: {engine.dtype} on {engine.device}",
+        f"weights   {_weights(engine)}",
+        f"context   {engine.memory.max_model_len} tokens; KV cache for {engine.memory.num_tokens} tokens",
+        f"memory    {gib(engine.memory.num_bytes)} for the KV cache: {engine.memory.reason}",
+        f"at once   {at_once(engine.memory)}",
+        f"kernels   {engine.kernels}",
+        f"hardware  {engine.hardware}",
+    ]
+    if engine.offload is not None:
+        lines.append(f"offload   {gib(engine.offloaded_bytes)} of weights wait in {engine.offload}")
+    if engine.drafts is not None:
+        lines.append(f"drafts    {engine.drafts}")
+    return [*lines, f"loaded    in {total:.2f} s ({spent})", f"ready     {url}/v1"]
+
+
+def _weights(engine: "EngineDescription") -> str:
+    stored = engine.dtype if engine.quantization == "none" else engine.quantization
+    text = f"{gib(engine.weight_bytes)}: {count(engine.num_parameters)} parameters in {stored}"
+    if not engine.full_precision_bytes:
+        return text
+    kept = ", ".join(f"{gib(size)} {what}" for what, size in engine.full_precision_bytes.items())
+    return f"{text}, but {kept}"
+
+
+def at_once(memory: "MemoryPlan") -> str:
+    """How many sequences run together, at full length and at the most."""
+    most = memory.demand.max_num_seqs
+    full = f"{memory.full_length_concurrency} of {memory.max_model_len} tokens"
+    if memory.full_length_concurrency >= most:
+        return f"{full} (max_num_seqs)"
+    return f"{full}, or {most} (max_num_seqs) of {memory.full_concurrency_length}"
