@@ -2,7 +2,8 @@
 
 Given a device map that leaves weights on disk, transformers 5 still reads and converts each of them before it finds
 that the checkpoint's own file can be read later: all bytes twice, and all pages mapped at once. Inside
-`unread_where_left` such a tensor is passed on empty. Should transformers' insides move, everything is read as before.
+`unread_where_left` such a tensor is passed on empty, and files are read instead of mapped: its mapping is a writable
+one, which counts, in full, against a limit of the process's memory. Should transformers' insides move, everything is read as before.
 Knows nothing of what is loaded or why.
 """
 
@@ -26,7 +27,10 @@ def unread_where_left() -> Iterator[None]:
     if load is None or renaming is None:
         yield
         return
-    convert = renaming.convert
+    convert, safe_open = renaming.convert, modeling_utils.safe_open
+
+    def open_unmapped(*args: Any, **kwargs: Any) -> Any:
+        return safe_open(*args, **kwargs | ({"backend": "pread"} if kwargs.get("backend") == "mmap" else {}))
 
     def load_rest(
         model: Any, state_dict: Any, load_config: Any, disk_offload_index: dict[str, Any] | None = None
@@ -47,7 +51,9 @@ def unread_where_left() -> Iterator[None]:
 
     with _LOCK:
         modeling_utils.convert_and_load_state_dict_in_model = load_rest
+        modeling_utils.safe_open = open_unmapped
         try:
             yield
         finally:
             modeling_utils.convert_and_load_state_dict_in_model = load
+            modeling_utils.safe_open = safe_open
