@@ -13,6 +13,7 @@ from cadenza.decoding.logits import LogprobsMode
 from cadenza.decoding.memory_plan import Demand
 from cadenza.models import ModelError
 from cadenza.models.offload.budget import StepNeeds
+from cadenza.models.offload.placement import activation_bytes
 
 NGRAM = "ngram"
 
@@ -94,6 +95,8 @@ class Plannable(Protocol):
     def config(self) -> Any: ...
     @property
     def max_model_len(self) -> int: ...
+    @property
+    def kv_cache_bytes(self) -> int | None: ...
 
 
 def demand(
@@ -115,21 +118,8 @@ def demand(
         independent_context=independent_context,
         bytes_per_token=sum(per_layer),
         largest_layer=max(per_layer),
-        step_bytes=step_bytes(config, model),
+        step_bytes=activation_bytes(model.config, model.dtype, config.step_needs(model.device)),
         asked_bytes=None if asked is None else int(asked * 1024**3),
-        allotted_bytes=getattr(model, "kv_cache_bytes", None),
+        allotted_bytes=model.kv_cache_bytes,
         free_bytes=free_bytes,
     )
-
-
-def step_bytes(config: EngineConfig, model: Plannable) -> int:
-    """What a step puts aside beside weights and KV cache, roughly: a layer's activations for every token, in two
-    precisions, and what becomes of the logits from which tokens are drawn."""
-    tokens, sizes = config.tokens_per_step(model.device), model.config
-    rows_per_seq = 1 + (config.num_speculative_tokens if config.speculative else 0)
-    hidden = int(sizes.hidden_size)
-    experts = int(getattr(sizes, "num_experts_per_tok", None) or 1)
-    intermediate = getattr(sizes, "intermediate_size", None) or getattr(sizes, "ffn_dim", None) or 4 * hidden
-    activations = tokens * 4 * (8 * hidden + 4 * int(intermediate) * experts)
-    logits = min(tokens, config.max_num_seqs * rows_per_seq) * 4 * 4 * int(sizes.vocab_size)
-    return activations + logits

@@ -136,18 +136,21 @@ def _asked(demand: Demand) -> tuple[int, str] | None:
 
 def _default(demand: Demand) -> tuple[int, str]:
     """(bytes, reason): the smallest of all limits."""
+    limits, free = [], demand.free_bytes
     if demand.allotted_bytes is not None:
-        return demand.allotted_bytes, "what the memory budget leaves"
-    limits = [] if demand.is_gpu else [(_CPU_CEILING, "4 GiB, the default's ceiling on a CPU")]
-    if demand.free_bytes is not None and demand.room_bytes is not None:
+        limits.append((demand.allotted_bytes, "what --max-memory leaves"))
+    elif not demand.is_gpu or free is None:
+        limits.append((_CPU_CEILING, f"4 GiB, {_ceiling_reason(demand)}"))
+    if free is not None and demand.allotted_bytes is None:
         share = _GPU_SHARE if demand.is_gpu else _CPU_SHARE
-        limits.append((int(demand.free_bytes * share), f"{share:.0%} of the {_free(demand)} that are free"))
-        limits.append(
-            (demand.room_bytes, f"what a step's activations leave of the {_free(demand)} that are free")
-        )
-    return min(
-        limits or [(_CPU_CEILING, "4 GiB, as the free memory is not known")], key=lambda limit: limit[0]
-    )
+        limits.append((int(free * share), f"{share:.0%} of the {_free(demand)} that are free"))
+    if demand.room_bytes is not None:
+        limits.append((demand.room_bytes, f"what a step leaves of the {_free(demand)} that are free"))
+    return min(limits, key=lambda limit: limit[0])
+
+
+def _ceiling_reason(demand: Demand) -> str:
+    return "as the free memory is not known" if demand.is_gpu else "the default's ceiling on a CPU"
 
 
 def _free(demand: Demand) -> str:

@@ -18,8 +18,10 @@ from cadenza.decoding.kv_cache import LayerShape
 from cadenza.decoding.memory_plan import MemoryPlan, plan_memory
 from cadenza.models import LoadConfig, ModelError
 from cadenza.models.architecture import context_length
-from cadenza.models.load import _device, _dtype_name
+from cadenza.models.load import device_named, dtype_named
 from cadenza.models.memory import Memory, available_bytes, memory_of, require_memory
+from cadenza.models.offload.budget import limits
+from cadenza.models.offload.placement import Placement, place
 from cadenza.models.outline import Outline, outline
 from cadenza.models.quantization.base import Method
 from cadenza.models.quantization.methods import method_named
@@ -40,10 +42,17 @@ class PrecisionPlan:
     group_size: int | None
     sizes: Sizes | None = None
     """None where the method cannot run here."""
+    placement: Placement | None = None
+    """What waits elsewhere; None: nothing is limited, or too much is."""
     memory: MemoryPlan | None = None
     """None where the model does not fit."""
     refusal: str | None = None
     """Why `serve` would refuse, in its own words."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @property
     def name(self) -> str:
@@ -85,6 +94,8 @@ class _Model:
     dtype: torch.dtype
     config: Any
     max_model_len: int
+    kv_cache_bytes: int | None
+    """What a memory budget leaves."""
 
 
 def plan_model(
@@ -118,11 +129,15 @@ class _Planner:
             trust_remote_code=load.trust_remote_code,
             allow_pickle=load.allow_pickle,
         )
-        self.device = _device(load.device)
+        self.device = device_named(load.device)
         stored = self.outline.checkpoint.float_dtype
-        self.dtype = _dtype_name(load.dtype, self.device.type, stored)
+        self.dtype = dtype_named(load.dtype, self.device.type, stored)
         self.dtype_reason = _dtype_reason(load.dtype, self.device.type, stored)
         self.max_model_len = context_length(self.outline.text_config, load.max_model_len)
+        needs = replace(engine.step_needs(self.device), context_length=self.max_model_len)
+        self._limits = limits(
+            load.max_memory, load.cpu_offload_gb, load.offload_folder, str(self.device), needs
+        )
         module = _shapes_only(self.outline, torch.float32)
         self.parameters = count_parameters(module)
         self.shapes = probe.layer_shapes(module, self.outline.text_config, on_meta=True)
@@ -150,34 +165,53 @@ class _Planner:
             method = method_named(quantization, group_size, self.device)
         except ModelError as error:
             return replace(plan, refusal=str(error))
-        sizes = self._sizes(self.outline, dtype, method)
+        module = _shapes_only(self.outline, dtype, method)
+        sizes = weight_sizes(module, self.device, dtype, is_quantized=method is not None)
         plan = replace(plan, sizes=sizes)
         try:
-            self._require(sizes, dtype, is_quantized=method is not None)
-            return replace(plan, memory=self._memory(sizes, dtype))
+            plan = replace(plan, placement=self._placement(module, dtype))
+            self._require(plan, is_float=method is None and self.outline.quantized_by is None)
+            return replace(plan, memory=self._memory(plan))
         except ModelError as error:
             return replace(plan, refusal=str(error))
 
-    def _sizes(self, model: Outline, dtype: torch.dtype, method: Method | None) -> Sizes:
-        module = _shapes_only(model, dtype, method)
-        return weight_sizes(module, self.device, dtype, is_quantized=method is not None)
+    def _placement(self, module: Any, dtype: torch.dtype) -> Placement | None:
+        """As the loader does, of layers that may wait elsewhere."""
+        if self._limits is None:
+            return None
+        return place(module, self.outline.text_config, self.device, dtype, self._limits, self.outline.name)
 
-    def _require(self, sizes: Sizes, dtype: torch.dtype, *, is_quantized: bool) -> None:
-        """As the loader does."""
-        stored = self.outline.checkpoint.loaded_bytes(dtype.itemsize)
-        require_memory(sizes.state if is_quantized else stored, self.device, self.outline.name)
+    def _require(self, plan: PrecisionPlan, *, is_float: bool) -> None:
+        """As the loader does, before it reads weights."""
+        assert plan.sizes is not None
+        if plan.placement is not None:
+            needed = plan.placement.resident_bytes
+        elif is_float:
+            needed = self.outline.checkpoint.loaded_bytes(plan.torch_dtype.itemsize)
+        else:
+            needed = plan.sizes.state
+        require_memory(needed, self.device, self.outline.name)
 
-    def _memory(self, sizes: Sizes, dtype: torch.dtype) -> MemoryPlan:
+    def _memory(self, plan: PrecisionPlan) -> MemoryPlan:
         """As the engine does, once the weights are there."""
-        free = available_bytes(self.device)
-        if free is not None:
-            drafts = 0 if self.draft is None else self._sizes(self.draft, dtype, None).in_use
-            free = max(0, free - sizes.in_use - drafts)
+        assert plan.sizes is not None
+        free, allotted = available_bytes(self.device), None
+        in_use = plan.sizes.in_use
+        if plan.placement is not None:
+            in_use, allotted = plan.placement.resident_bytes, plan.placement.kv_cache_bytes
+        if self.draft is not None:
+            module = _shapes_only(self.draft, plan.torch_dtype)
+            in_use += weight_sizes(module, self.device, plan.torch_dtype, is_quantized=False).in_use
         config = self.outline.text_config
-        model = _Model(self.device, dtype, config, self.max_model_len)
-        shapes = [*self.shapes, *self._draft_shapes]
-        limit = probe.longest_independent_context(config)
-        return plan_memory(demand(self._engine, model, shapes, limit, free))
+        model = _Model(self.device, plan.torch_dtype, config, self.max_model_len, allotted)
+        wanted = demand(
+            self._engine,
+            model,
+            [*self.shapes, *self._draft_shapes],
+            probe.longest_independent_context(config),
+            None if free is None else max(0, free - in_use),
+        )
+        return plan_memory(wanted)
 
 
 def _shapes_only(model: Outline, dtype: torch.dtype, method: Method | None = None) -> Any:

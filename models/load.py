@@ -132,12 +132,12 @@ def _load(source: str, config: LoadConfig, needs: Needs | None) -> LoadedModel:
         from cadenza.models.prequantized.detect import taken_format
         from cadenza.models.quantization.methods import method_named
 
-        device = _device(config.device)
+        device = device_named(config.device)
         model_config = read_config(folder, trust_remote_code=config.trust_remote_code)
         stored_format = taken_format(model_config)
         model_class = causal_lm_class(model_config, trust_remote_code=config.trust_remote_code)
     text_config = model_config.get_text_config(decoder=True)
-    dtype: torch.dtype = getattr(torch, _dtype_name(config.dtype, device.type, stored_dtype))
+    dtype: torch.dtype = getattr(torch, dtype_named(config.dtype, device.type, stored_dtype))
     max_model_len = context_length(text_config, config.max_model_len)
     allowed = limits(
         config.max_memory,
@@ -211,7 +211,7 @@ def _stage(name: str, timings: dict[str, float]) -> Iterator[None]:
     timings[name] = time.perf_counter() - start
 
 
-def _device(name: str) -> "torch.device":
+def device_named(name: str) -> "torch.device":
     import torch
 
     if name == "auto":
@@ -227,7 +227,7 @@ def _device(name: str) -> "torch.device":
     return device
 
 
-def _dtype_name(asked: str, device_type: str, stored: str | None) -> str:
+def dtype_named(asked: str, device_type: str, stored: str | None) -> str:
     if asked != "auto":
         return asked
     if device_type == "cpu":

@@ -13,6 +13,7 @@ from cadenza.models.cache import is_complete
 from cadenza.models.checkpoint import DTYPE_BYTES, Checkpoint, open_checkpoint
 from cadenza.models.errors import ModelError, one_line
 from cadenza.models.gguf_header import read_header
+from cadenza.models.prequantized.detect import taken_format
 from cadenza.models.source import HUB_ID, served_name
 
 
@@ -27,17 +28,12 @@ class Outline:
     model_class: Any
     note: str | None = None
     """What happens to the weights on the way, if anything does."""
+    quantized_by: str | None = None
+    """The format that the checkpoint's weights are in; None: they are floats."""
 
     @property
     def text_config(self) -> Any:
         return self.config.get_text_config(decoder=True)
-
-    @property
-    def quantized_by(self) -> str | None:
-        """The method by which the checkpoint itself says it is quantized."""
-        stated: Any = getattr(self.config, "quantization_config", None)
-        stated = stated.to_dict() if hasattr(stated, "to_dict") else stated
-        return str(stated.get("quant_method", "unknown")) if isinstance(stated, dict) else None
 
 
 class KnownHeaders(Checkpoint):
@@ -87,8 +83,12 @@ def _outline(
     name: str, location: str, folder: Path, checkpoint: Checkpoint, trust_remote_code: bool
 ) -> Outline:
     config = read_config(folder, trust_remote_code=trust_remote_code)
+    stored_format = taken_format(config)
     model_class = causal_lm_class(config, trust_remote_code=trust_remote_code)
-    return Outline(name, location, checkpoint, config, model_class)
+    if stored_format is None:
+        return Outline(name, location, checkpoint, config, model_class)
+    note = "its weights become floats as they are read, unless --quantization makes others of them"
+    return Outline(name, location, checkpoint, config, model_class, note, stored_format.label)
 
 
 def _of_gguf(name: str, file: Path) -> Outline:

@@ -79,6 +79,7 @@ def _precision_json(plan: "PrecisionPlan") -> dict[str, Any]:
         "weight_bytes": None if sizes is None else sizes.total,
         "weight_bytes_in_use": None if sizes is None else sizes.in_use,
         "full_precision_bytes": None if sizes is None else dict(sizes.kept),
+        "offload": _offload_json(plan),
         "refusal": plan.refusal,
         "step_bytes": None if memory is None else memory.demand.step_bytes,
         "kv_cache_bytes": None if memory is None else memory.num_bytes,
@@ -89,6 +90,17 @@ def _precision_json(plan: "PrecisionPlan") -> dict[str, Any]:
         "max_num_seqs": None if memory is None else memory.demand.max_num_seqs,
         "full_length_concurrency": None if memory is None else memory.full_length_concurrency,
         "full_concurrency_length": None if memory is None else memory.full_concurrency_length,
+    }
+
+
+def _offload_json(plan: "PrecisionPlan") -> dict[str, int] | None:
+    if plan.placement is None:
+        return None
+    return {
+        "resident_bytes": plan.placement.resident_bytes,
+        "cpu_bytes": plan.placement.cpu_bytes,
+        "disk_bytes": plan.placement.disk_bytes,
+        "working_bytes": plan.placement.working_bytes,
     }
 
 
@@ -147,8 +159,11 @@ def _precisions(plan: "ModelPlan") -> "Table":
         if memory is None:
             table.add_row(name, weights, "", "", _short(precision))
         else:
-            at_once = f"{memory.full_length_concurrency} of {memory.max_model_len} tokens"
-            table.add_row(name, weights, gib(memory.num_bytes), str(memory.num_tokens), at_once)
+            room = f"{memory.full_length_concurrency} of {memory.max_model_len} tokens"
+            if precision.placement is not None:
+                away = precision.placement.cpu_bytes + precision.placement.disk_bytes
+                room += f"; {gib(away)} of weights wait elsewhere"
+            table.add_row(name, weights, gib(memory.num_bytes), str(memory.num_tokens), room)
     return table
 
 
@@ -171,6 +186,10 @@ def _decisions(plan: "ModelPlan") -> "Table":
     table.add_row("serve *", f"{chosen.name} on {plan.device} ({chosen.dtype}: {plan.dtype_reason})")
     kept = ", ".join(f"{gib(size)} {what}" for what, size in sizes.kept.items())
     table.add_row("weights", gib(sizes.total) + (f"; in {chosen.dtype}: {kept}" if kept else ""))
+    placement = chosen.placement
+    if placement is not None:
+        away = f"{gib(placement.cpu_bytes)} in CPU memory, {gib(placement.disk_bytes)} on disk"
+        table.add_row("offload", f"{gib(placement.resident_bytes)} on {plan.device}, {away}")
     table.add_row("KV cache", f"{memory.num_tokens} tokens, {gib(memory.num_bytes)} ({memory.reason})")
     table.add_row("context", f"{memory.max_model_len} tokens ({memory.context_reason})")
     table.add_row("at once", at_once(memory))

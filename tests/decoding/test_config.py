@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cadenza.decoding import Engine, EngineConfig
-from cadenza.decoding.config import demand, step_bytes
+from cadenza.decoding.config import demand
 from cadenza.decoding.kv_cache import LayerShape
 from cadenza.decoding.memory_plan import GIB, Demand, plan_memory
 from cadenza.models import LoadedModel, ModelError
@@ -55,15 +55,16 @@ LARGE = {"max_num_seqs": 1000, "context": 100_000}
         (
             {"is_gpu": True, "free_bytes": 10 * GIB},
             10 * GIB / 1.25,
-            "what a step's activations leave of the 10.00 GiB",
+            "what a step leaves of the 10.00 GiB",
         ),
         (
             {"is_gpu": True, "largest_layer": 1, "bytes_per_token": 8192, "free_bytes": 10 * GIB},
             9 * GIB,
             "90% of the 10.00 GiB that are free",
         ),
-        ({"free_bytes": 5 * GIB, "step_bytes": 4 * GIB}, GIB / 1.25, "what a step's activations leave"),
-        ({"allotted_bytes": GIB}, GIB, "what the memory budget leaves"),
+        ({"free_bytes": 5 * GIB, "step_bytes": 4 * GIB}, GIB / 1.25, "what a step leaves"),
+        ({"allotted_bytes": GIB}, GIB, "what --max-memory leaves"),
+        ({"allotted_bytes": 200 * GIB}, 80 * GIB, "what a step leaves of the 100.00 GiB"),
         ({"asked_bytes": 50 * GIB}, 50 * GIB, "--kv-cache-memory-gb"),
         ({"asked_bytes": 50 * GIB, "free_bytes": None}, 50 * GIB, "--kv-cache-memory-gb"),
         ({"asked_bytes": 3 * GIB, "allotted_bytes": GIB}, 3 * GIB, "--kv-cache-memory-gb"),
@@ -92,9 +93,7 @@ def test_too_little_is_refused_with_the_numbers() -> None:
     assert plan_memory(wanting(asked_bytes=least)).num_tokens == 128
     with pytest.raises(ModelError, match=r"hold 112 tokens; at least 128 are needed, 0\.001 GiB"):
         plan_memory(wanting(asked_bytes=least - 1))
-    with pytest.raises(
-        ModelError, match=r"0\.00 GiB of KV cache \(what a step's activations leave of the 1\.00"
-    ):
+    with pytest.raises(ModelError, match=r"0\.00 GiB of KV cache \(what a step leaves of the 1\.00"):
         plan_memory(wanting(free_bytes=GIB, step_bytes=2 * GIB))
 
 
@@ -115,14 +114,13 @@ def test_a_size_is_a_size(value: float) -> None:
 
 
 def test_a_step_is_counted_by_its_tokens_and_rows(tiny_model: LoadedModel) -> None:
-    small, large = (
-        step_bytes(EngineConfig(max_num_seqs=8, max_num_batched_tokens=count), tiny_model)
-        for count in (128, 256)
-    )
-    assert large - small == 128 * 4 * (8 * 32 + 4 * 48)
-    assert small - 128 * 4 * (8 * 32 + 4 * 48) == 8 * 16 * tiny_model.config.vocab_size
-    drafting = EngineConfig(max_num_seqs=8, max_num_batched_tokens=128, speculative="ngram")
-    assert step_bytes(drafting, tiny_model) > small
+    def step_bytes(**fields: Any) -> int:
+        config = EngineConfig(max_num_seqs=8, **fields)
+        return demand(config, tiny_model, [LayerShape(1, 16, 16)], None, None).step_bytes
+
+    small = step_bytes(max_num_batched_tokens=128)
+    assert step_bytes(max_num_batched_tokens=256) - small == small - 8 * 16 * tiny_model.config.vocab_size
+    assert step_bytes(max_num_batched_tokens=128, speculative="ngram") > small
 
 
 def test_all_layers_count(tiny_model: LoadedModel) -> None:

@@ -45,7 +45,7 @@ def test_the_method_of_a_quantized_checkpoint_is_named(tiny_folder: Path) -> Non
     (tiny_folder / "config.json").write_text(
         config.rstrip().removesuffix("}") + ', "quantization_config": {"quant_method": "gptq", "bits": 4}}'
     )
-    assert outline(str(tiny_folder)).quantized_by == "gptq"
+    assert outline(str(tiny_folder)).quantized_by == "GPTQ 4-bit"
 
 
 @pytest.mark.parametrize("source", ["nowhere/at/all", "./none"])

@@ -68,6 +68,8 @@ def planned(capsys: pytest.CaptureFixture[str], model: str | Path, *flags: str) 
         ("Gemma", ["--max-model-len", "100"]),
         ("GPT2", ["--block-size", "32"]),
         ("Mixtral", ["--speculative", "ngram"]),
+        ("Llama", ["--max-memory", "17MiB"]),
+        ("Qwen2", ["--max-memory", "30MiB", "--quantization", "int8"]),
     ],
 )
 def test_a_plan_is_what_the_engine_does(
@@ -86,7 +88,11 @@ def test_a_plan_is_what_the_engine_does(
         serve, memory = plan["serve"], engine.memory
         assert plan["kv_cache"]["bytes_per_token"] == memory.demand.bytes_per_token
         assert plan["model"]["parameters"]["total"] == engine.model.num_parameters
-        assert serve["weight_bytes"] == engine.model.weight_bytes
+        resident = (serve["offload"] or {"resident_bytes": serve["weight_bytes"]})["resident_bytes"]
+        assert resident == engine.model.weight_bytes
+        on_disk = (serve["offload"] or {"disk_bytes": 0})["disk_bytes"]
+        assert on_disk == engine.description.offloaded_bytes
+        assert (on_disk > 0) == ("17MiB" in flags)
         assert serve["kv_cache_tokens"] == engine.num_kv_tokens
         assert serve["kv_cache_bytes"] == memory.num_bytes
         assert serve["max_model_len"] == engine.max_model_len
@@ -222,6 +228,7 @@ ROW = {
     *("name", "dtype", "quantization", "group_size", "weight_bytes", "weight_bytes_in_use"),
     *(
         "full_precision_bytes",
+        "offload",
         "refusal",
         "step_bytes",
         "kv_cache_bytes",
