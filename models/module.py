@@ -30,6 +30,9 @@ from cadenza.models.quantization.swap import quantize_modules
 from cadenza.models.skeleton import empty_module, hollow_module, open_skeleton, require_all_tensors
 from cadenza.models.weights import FileWeights
 
+_SMALLER = "--quantization int8 makes them smaller"
+_ON_DISK = "--max-memory leaves those that have no room on disk"
+
 
 @dataclass(frozen=True)
 class ModuleSource:
@@ -58,10 +61,19 @@ def load_module(source: ModuleSource, method: Method | None) -> Any:
         return _load_quantized(source, method)
     if source.stored_format is not None:
         return _load_dequantized(source)
-    require_memory(source.checkpoint.loaded_bytes(source.dtype.itemsize), source.device, source.name)
+    _require_memory(
+        source.checkpoint.loaded_bytes(source.dtype.itemsize), source, f"{_SMALLER}, or {_ON_DISK}"
+    )
     module = _load_whole(source)
     with _memory_errors(source):
         return module.to(source.device)
+
+
+def _require_memory(needed: int, source: ModuleSource, advice: str) -> None:
+    try:
+        require_memory(needed, source.device, source.name)
+    except ModelError as error:
+        raise ModelError(f"{error}; {advice}") from None
 
 
 def num_parameters(model_class: Any, config: Any) -> int:
@@ -87,7 +99,8 @@ def _load_whole(source: ModuleSource) -> Any:
 
 def _load_dequantized(source: ModuleSource) -> Any:
     module = hollow_module(source.model_class, source.config, source.dtype)
-    require_memory(sum(tensor.nbytes for tensor in module.state_dict().values()), source.device, source.name)
+    needed = sum(tensor.nbytes for tensor in module.state_dict().values())
+    _require_memory(needed, source, f"{_SMALLER}, or {_ON_DISK}")
     with tempfile.TemporaryDirectory(prefix="cadenza-") as scratch:
         module, weights = _skeleton(source, Path(scratch))
         with _memory_errors(source):
@@ -98,7 +111,7 @@ def _load_dequantized(source: ModuleSource) -> Any:
 def _load_quantized(source: ModuleSource, method: Method) -> Any:
     module = hollow_module(source.model_class, source.config, source.dtype)
     replaced = quantize_modules(module, method, source.dtype)
-    require_memory(sum(tensor.nbytes for tensor in module.state_dict().values()), source.device, source.name)
+    _require_memory(sum(tensor.nbytes for tensor in module.state_dict().values()), source, _ON_DISK)
     target = store_folder(source.folder, source.checkpoint, method, source.dtype)
     weights = stored_weights(target, source.name, module, replaced, lambda: _original(source))
     with _memory_errors(source):

@@ -3,7 +3,8 @@
 Given a device map that leaves weights on disk, transformers 5 still reads and converts each of them before it finds
 that the checkpoint's own file can be read later: all bytes twice, and all pages mapped at once. Inside
 `unread_where_left` such a tensor is passed on empty, and files are read instead of mapped: its mapping is a writable
-one, which counts, in full, against a limit of the process's memory. Should transformers' insides move, everything is read as before.
+one, which counts, in full, against a limit of the process's memory. Should transformers' insides move, everything is
+read as before.
 Knows nothing of what is loaded or why.
 """
 

@@ -53,7 +53,7 @@ def limits(
 ) -> Limits | None:
     """None: nothing is limited, and nothing offloaded. device: cpu, or cuda:N. Raises `ModelError`."""
     device = "cuda:0" if device == "cuda" else device
-    if cpu_offload_gb < 0:
+    if not cpu_offload_gb >= 0:
         raise ModelError(f"cpu_offload_gb must not be negative, got {cpu_offload_gb:g}")
     if cpu_offload_gb and device == "cpu":
         raise ModelError(
