@@ -28,10 +28,7 @@ def unread_where_left() -> Iterator[None]:
     if load is None or renaming is None:
         yield
         return
-    convert, safe_open = renaming.convert, modeling_utils.safe_open
-
-    def open_unmapped(*args: Any, **kwargs: Any) -> Any:
-        return safe_open(*args, **kwargs | ({"backend": "pread"} if kwargs.get("backend") == "mmap" else {}))
+    convert = renaming.convert
 
     def load_rest(
         model: Any, state_dict: Any, load_config: Any, disk_offload_index: dict[str, Any] | None = None
@@ -50,11 +47,33 @@ def unread_where_left() -> Iterator[None]:
         finally:
             renaming.convert = convert
 
-    with _LOCK:
+    with _LOCK, _files_unmapped():
         modeling_utils.convert_and_load_state_dict_in_model = load_rest
-        modeling_utils.safe_open = open_unmapped
         try:
             yield
         finally:
             modeling_utils.convert_and_load_state_dict_in_model = load
-            modeling_utils.safe_open = safe_open
+
+
+@contextmanager
+def _files_unmapped() -> Iterator[None]:
+    """With a safetensors library that can read without mapping, which older ones cannot."""
+    from safetensors import safe_open
+    from transformers import modeling_utils
+    from transformers.integrations import accelerate
+
+    if "backend" not in (safe_open.__text_signature__ or ""):
+        yield
+        return
+
+    def open_unmapped(*args: Any, **kwargs: Any) -> Any:
+        return safe_open(*args, **kwargs | {"backend": "pread"})
+
+    users = [module for module in (modeling_utils, accelerate) if hasattr(module, "safe_open")]
+    for module in users:
+        module.safe_open = open_unmapped
+    try:
+        yield
+    finally:
+        for module in users:
+            module.safe_open = safe_open
