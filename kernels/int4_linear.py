@@ -33,7 +33,7 @@ class Layout:
         half = self.block // 2
         shape = (-1, half, 2, columns) if self.has_neighbours else (-1, 2, half, columns)
         low, high = integers.view(shape).unbind(2 if self.has_neighbours else 1)
-        return (low | (high << 4)).transpose(1, 2).reshape(rows, columns // 2)
+        return (low | (high << 4)).transpose(1, 2).contiguous().view(rows, columns // 2)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """What `pack` was given; any multiple of 64 rows from any multiple of 64 on."""

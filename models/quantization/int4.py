@@ -30,7 +30,7 @@ class Int4(Method):
 
     @property
     def key(self) -> str:
-        return f"int4-1-{self.group_size}-{self.layout.name}"
+        return f"int4-2-{self.group_size}-{self.layout.name}"
 
     @property
     def head(self) -> Method:
