@@ -29,6 +29,10 @@ def method_named(name: Quantization, group_size: int, device: torch.device) -> M
         from cadenza.models.quantization.fp8 import Fp8
 
         return Fp8()
+    if name == "llm-int8":
+        from cadenza.models.quantization.llm_int8 import LLMInt8
+
+        return LLMInt8()
     if name == "nf4":
         from cadenza.models.quantization.nf4 import NF4
 

@@ -126,17 +126,23 @@ class NF4Linear(QuantizedLinear):
             y = torch.cat(parts, dim=-1)
         return y if self.bias is None else y + self.bias
 
+    def _is_packed(self) -> bool:
+        is_here = self.qweight.device.type == "cpu" and self.dtype == torch.float32
+        return is_here and torch.backends.mkldnn.is_available()
+
     def _multiply(self, x: Tensor, rows: slice) -> Tensor:
         """[..., in_features] → [..., these of the output features]"""
         weight = self.dequantized(rows.start, rows.stop)
-        if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        if self._is_packed() and x.dtype == torch.float32:
             y: Tensor = PackedLinear(weight, None)(x)
             return y
         return F.linear(x, weight.to(x.dtype))
 
     @property
     def operator(self) -> str:
-        return f"bitsandbytes nf4, {'fused' if self._is_fused else 'dequantized for every product'}"
+        if self._is_fused:
+            return "bitsandbytes nf4, bfloat16 activations"
+        return "oneDNN float32, packed from nf4 for every product" if self._is_packed() else super().operator
 
     @classmethod
     def concatenate(cls, layers: Sequence["NF4Linear"]) -> "NF4Linear":

@@ -1,0 +1,99 @@
+"""LLM.int8 (Dettmers et al. 2022), token by token: large activations keep their precision, the rest is int8.
+
+The paper and bitsandbytes choose outlier columns over the whole batch, so that one request's tokens would depend on
+its neighbours. Here each token has its own: elements of magnitude 6 and more. Their product with the 8-bit weights is
+two more products of 8-bit integers, a coarse and a fine one, which make up 15 bits (float16, as bitsandbytes uses it,
+has 11); sums of integers are exact, so that a row's result depends on no other. A token without outliers costs one
+product of 8-bit integers, one with outliers three. Weights are as bitsandbytes stores them: rounded to nearest, by row.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cadenza.kernels.int8_linear import LEVELS, int8_linear, quantize_rows
+from cadenza.models.quantization.base import Method, QuantizedLinear, stack_parameters
+from cadenza.models.quantization.int8 import Int8, product_for
+
+THRESHOLD = 6.0
+_MOST_SUMMED = 2**16  # products of a uint8 and an int8 that 32 bits hold
+
+
+class LLMInt8(Method):
+    @property
+    def key(self) -> str:
+        return "llm-int8-1"
+
+    @property
+    def head(self) -> Method:
+        return Int8()
+
+    def can_quantize(self, out_features: int, in_features: int) -> bool:
+        return in_features <= _MOST_SUMMED
+
+    def quantize(self, weight: Tensor) -> Mapping[str, Tensor]:
+        """qweight [out, in] int8, scale [out] float32: what 1 stands for."""
+        weight = weight.float()
+        scale = weight.abs().amax(1) / LEVELS
+        quotient = weight / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        return {"qweight": quotient.round_().clamp_(-LEVELS, LEVELS).to(torch.int8), "scale": scale}
+
+    def layer(
+        self, in_features: int, out_features: int, *, has_bias: bool, dtype: torch.dtype
+    ) -> QuantizedLinear:
+        return LLMInt8Linear(in_features, out_features, has_bias=has_bias, dtype=dtype)
+
+
+class LLMInt8Linear(QuantizedLinear):
+    qweight: Tensor
+    scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, has_bias: bool, dtype: torch.dtype) -> None:
+        super().__init__(in_features, out_features, has_bias=has_bias, dtype=dtype)
+        qweight = torch.empty(out_features, in_features, dtype=torch.int8, device="meta")
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scale", torch.empty(out_features, dtype=torch.float32, device="meta"))
+
+    def dequantized(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.qweight[start:stop].float() * self.scale[start:stop, None]
+
+    def lay_out(self) -> None:
+        self._product = product_for(self.qweight.device)
+        self._laid_out = self._product.lay_out(self.qweight)
+        self._factor = self.scale / LEVELS
+        del self.qweight, self.scale
+
+    def apply_prepared(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features).float()
+        is_outlier = rows.abs() >= THRESHOLD
+        y = self._multiply(rows.masked_fill(is_outlier, 0.0))
+        places = is_outlier.any(1).nonzero().flatten()
+        if len(places):
+            outliers = rows[places].masked_fill(~is_outlier[places], 0.0)
+            integers, largest = quantize_rows(outliers, 0)
+            rest = outliers - integers.float() * (largest / LEVELS)
+            coarse, fine = self._multiply(torch.cat((outliers, rest))).chunk(2)
+            y[places] += coarse + fine
+        if self.bias is not None:
+            y += self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        """[r, in] → [r, out] float32, both sides of the product in 8 bits."""
+        return int8_linear(rows, self._laid_out, self._factor, None, self._product)
+
+    @property
+    def operator(self) -> str:
+        return "8-bit products, outliers of each token in 15 bits"
+
+    @classmethod
+    def concatenate(cls, layers: Sequence["LLMInt8Linear"]) -> "LLMInt8Linear":
+        whole = cls(
+            layers[0].in_features,
+            sum(layer.out_features for layer in layers),
+            has_bias=any(layer.bias is not None for layer in layers),
+            dtype=layers[0].dtype,
+        )
+        stack_parameters(layers, whole)
+        return whole
