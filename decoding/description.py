@@ -133,7 +133,7 @@ def _operator(layer: nn.Module) -> str | None:
     if isinstance(layer, QuantizedLinear):
         return layer.operator if layer.is_prepared else None
     if isinstance(layer, PackedLinear):
-        return "oneDNN float32, packed"
+        return f"oneDNN {str(layer.weight.dtype).removeprefix('torch.')}, packed"
     if isinstance(layer, nn.Linear | Conv1D) and not layer.weight.is_meta:
         return f"torch {str(layer.weight.dtype).removeprefix('torch.')}"
     return None

@@ -128,7 +128,7 @@ def _asked(demand: Demand) -> tuple[int, str] | None:
         useful = demand.most_useful_blocks * demand.bytes_per_block
         raise ModelError(
             f"--kv-cache-memory-gb {asked / GIB:.2f} is more than {demand.device} can give: {_free(demand)} are free,"
-            f" about {demand.step_bytes / GIB:.2f} of them for a step's activations, which leaves {room / GIB:.2f};"
+            f" about {demand.step_bytes / GIB:.2f} of them for a step, which leaves {room / GIB:.2f};"
             f" {demand.max_num_seqs} sequences of {demand.context} tokens could use {useful / GIB:.2f} at most"
         )
     return asked, "--kv-cache-memory-gb"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cadenza.models.linear import PACKED_DTYPES
+from cadenza.models.packing import can_pack
 from cadenza.models.quantization.base import Method, QuantizedLinear
 from cadenza.models.quantization.embedding import QuantizedEmbedding
 from cadenza.models.quantization.swap import ROUTERS, quantize_modules
@@ -85,7 +85,7 @@ def weight_sizes(module: Any, device: torch.device, dtype: torch.dtype, *, is_qu
     state = sum(tensor.nbytes for tensor in module.state_dict().values())
     packed_twice = 0
     head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
-    if device.type == "cpu" and dtype in PACKED_DTYPES and isinstance(head, nn.Linear):
+    if isinstance(head, nn.Linear) and can_pack(device, dtype):
         # the row-major weight stays, for looking up tokens
         packed_twice = head.weight.nbytes if head.weight is getattr(embedding, "weight", None) else 0
     return Sizes(total, state, total + packed_twice, kept_bytes(module) if is_quantized else {})

@@ -83,8 +83,8 @@ def test_more_than_is_free_is_refused_with_the_numbers() -> None:
     with pytest.raises(ModelError) as refusal:
         plan_memory(dataclasses.replace(short, asked_bytes=fits + 1))
     assert str(refusal.value) == (
-        "--kv-cache-memory-gb 0.40 is more than cpu can give: 1.00 GiB are free, about 0.50 of them for a step's"
-        " activations, which leaves 0.40; 4 sequences of 1024 tokens could use 0.03 at most"
+        "--kv-cache-memory-gb 0.40 is more than cpu can give: 1.00 GiB are free, about 0.50 of them for a step,"
+        " which leaves 0.40; 4 sequences of 1024 tokens could use 0.03 at most"
     )
 
 
@@ -119,7 +119,10 @@ def test_a_step_is_counted_by_its_tokens_and_rows(tiny_model: LoadedModel) -> No
         return demand(config, tiny_model, [LayerShape(1, 16, 16)], None, None).step_bytes
 
     small = step_bytes(max_num_batched_tokens=128)
-    assert step_bytes(max_num_batched_tokens=256) - small == small - 8 * 16 * tiny_model.config.vocab_size
+    assert (
+        step_bytes(max_num_batched_tokens=256) - small
+        == small - 8 * 4 * (4 + 32) * tiny_model.config.vocab_size
+    )
     assert step_bytes(max_num_batched_tokens=128, speculative="ngram") > small
 
 

@@ -10,6 +10,7 @@ import torch
 
 from cadenza.decoding import Engine, EngineConfig
 from cadenza.models import LoadedModel
+from cadenza.models.packing import can_pack
 from cadenza.models.quantization.int8 import Int8, Int8Linear
 from cadenza.models.sizing import kept_bytes, sized_module
 from cadenza.server.commands.quantities import count, gib
@@ -45,7 +46,9 @@ def test_a_description_is_what_is_there(tiny_model: LoadedModel, caplog: pytest.
 def test_other_precisions_use_other_operators(tiny_model: LoadedModel) -> None:
     module = copy.deepcopy(tiny_model.module).to(torch.bfloat16)
     with an_engine(dataclasses.replace(tiny_model, module=module, dtype=torch.bfloat16)) as engine:
-        assert engine.description.linear == {"torch bfloat16": 2 * 7 + 1}
+        is_packed = can_pack(torch.device("cpu"), torch.bfloat16)  # on CPUs that have the instructions
+        expected = {"oneDNN bfloat16, packed": 2 * 4 + 1} if is_packed else {"torch bfloat16": 2 * 7 + 1}
+        assert engine.description.linear == expected
 
 
 def test_plain_attention_is_told(tiny_model: LoadedModel) -> None:

@@ -70,6 +70,7 @@ def planned(capsys: pytest.CaptureFixture[str], model: str | Path, *flags: str) 
         ("Mixtral", ["--speculative", "ngram"]),
         ("Llama", ["--max-memory", "17MiB"]),
         ("Qwen2", ["--max-memory", "30MiB", "--quantization", "int8"]),
+        ("Gemma", ["--quantization", "int4"]),
     ],
 )
 def test_a_plan_is_what_the_engine_does(
