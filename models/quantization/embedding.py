@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cadenza.models.quantization.int8 import quantize_channels
+
 
 class QuantizedEmbedding(nn.Module):
     qweight: Tensor
@@ -23,9 +25,7 @@ class QuantizedEmbedding(nn.Module):
     @staticmethod
     def quantize(weight: Tensor) -> Mapping[str, Tensor]:
         """weight: [num_embeddings, embedding_dim]; symmetric, round to nearest."""
-        from cadenza.models.quantization.int8 import Int8
-
-        return Int8().quantize(weight)
+        return quantize_channels(weight)
 
     @property
     def weight(self) -> Tensor:

@@ -1,16 +1,22 @@
 """int8: a scale per output channel, activations rounded to 8 bits per token as they come (W8A8, dynamic).
 
-Integers are summed exactly, so that a row's result cannot depend on the rows beside it.
+Both are rotated first, so that outliers do not take the levels away from the rest; see `rotation`. Integers are summed
+exactly, so that a row's result cannot depend on the rows beside it.
 """
 
 import functools
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cadenza.kernels.int8_linear import CHUNKED, INT_MM, LEVELS, ONEDNN, Product, int8_linear
 from cadenza.models.quantization.base import Method, QuantizedLinear, stack_parameters
+from cadenza.models.quantization.rotation import restore_weight, rotate, rotate_weight
+
+_MOST_SUMMED = 2**16  # products of a uint8 and an int8 that 32 bits hold
+_AT_ONCE = 2**18  # elements that are dequantized together: they stay in a core's cache
 
 
 @functools.cache
@@ -38,24 +44,29 @@ def _is_exact(product: Product, device: torch.device) -> bool:
     return torch.equal(y, expected)
 
 
+def quantize_channels(weight: Tensor) -> dict[str, Tensor]:
+    """weight: [out, in]. qweight [out, in] int8 within ±127, scale [out] float32; symmetric, round to nearest."""
+    weight = weight.float()
+    scale = weight.abs().amax(1).div_(LEVELS)
+    quotient = weight / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    return {"qweight": quotient.round_().clamp_(-LEVELS, LEVELS).to(torch.int8), "scale": scale}
+
+
 class Int8(Method):
     @property
     def key(self) -> str:
-        return "int8-1"
+        return "int8-rotated-1"
 
     @property
     def head(self) -> Method:
         return self
 
     def can_quantize(self, out_features: int, in_features: int) -> bool:
-        return True
+        return in_features <= _MOST_SUMMED
 
     def quantize(self, weight: Tensor) -> Mapping[str, Tensor]:
-        """qweight [out, in] int8, scale [out] float32; symmetric, round to nearest."""
-        weight = weight.float()
-        scale = weight.abs().amax(1).div_(127)
-        quotient = weight / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-        return {"qweight": quotient.round_().clamp_(-127, 127).to(torch.int8), "scale": scale}
+        """As `quantize_channels`, of the rotated weight."""
+        return quantize_channels(rotate_weight(weight))
 
     def layer(
         self, in_features: int, out_features: int, *, has_bias: bool, dtype: torch.dtype
@@ -75,7 +86,18 @@ class Int8Linear(QuantizedLinear):
         self.register_buffer("scale", torch.empty(out_features, dtype=torch.float32, device="meta"))
 
     def dequantized(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return restore_weight(self._rotated(start, stop))
+
+    def _rotated(self, start: int = 0, stop: int | None = None) -> Tensor:
         return self.qweight[start:stop].float() * self.scale[start:stop, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_prepared:
+            return self.apply_prepared(x)
+        rotated, step = rotate(x), max(1, _AT_ONCE // self.in_features)  # cheaper than to restore the weight
+        starts = range(0, self.out_features, step)
+        y = torch.cat([F.linear(rotated, self._rotated(at, at + step)) for at in starts], dim=-1)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def lay_out(self) -> None:
         self._product = product_for(self.qweight.device)
@@ -84,7 +106,8 @@ class Int8Linear(QuantizedLinear):
         del self.qweight, self.scale
 
     def apply_prepared(self, x: Tensor) -> Tensor:
-        return int8_linear(x, self._laid_out, self._factor, self.bias, self._product)
+        y = int8_linear(rotate(x), self._laid_out, self._factor, self.bias, self._product)
+        return y.to(x.dtype)
 
     @property
     def operator(self) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.linalg import hadamard
 from torch import Tensor
 from transformers import (
     DeepseekV3Config,
@@ -21,6 +22,7 @@ from cadenza.models.module import ModuleSource, load_module
 from cadenza.models.packing import pack
 from cadenza.models.quantization.experts import ExpertStack
 from cadenza.models.quantization.int8 import Int8
+from cadenza.models.quantization.rotation import block_size
 
 COMMON = dict(
     hidden_size=64,
@@ -54,11 +56,13 @@ MODELS: list[tuple[Any, Any, dict[str, int]]] = [
 ]
 
 
-def rounded(weight: Tensor) -> Tensor:
+def rounded(weight: Tensor, *, is_rotated: bool = True) -> Tensor:
     """A matrix as int8 with a scale per row keeps it, in float64, by its definition."""
-    weight = weight.double()
-    scale = weight.abs().amax(-1, keepdim=True).float().double() / 127
-    return (weight / scale).round() * scale
+    size = block_size(weight.shape[-1]) if is_rotated else 1
+    matrix = torch.from_numpy(hadamard(size)).double()
+    turned = (weight.double().unflatten(-1, (-1, size)) @ matrix).flatten(-2) / size
+    scale = turned.abs().amax(-1, keepdim=True).float().double() / 127
+    return (((turned / scale).round() * scale).unflatten(-1, (-1, size)) @ matrix).flatten(-2)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +93,7 @@ def test_a_quantized_mixture_is_the_model_with_its_weights_rounded(
     keep = ("gate.weight", "layernorm", "norm.weight")
     for name, parameter in original.named_parameters():
         if parameter.ndim > 1 and not any(part in name for part in keep):
-            parameter.data = rounded(parameter.data).float()
+            parameter.data = rounded(parameter.data, is_rotated="embed" not in name).float()
     ids = torch.arange(40).remainder(320)[None]
     with torch.inference_mode():
         expected, slow = original(ids).logits, quantized(ids).logits
