@@ -12,33 +12,50 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-PACKED_DTYPES = (torch.float32,)
 _TRIAL_COUNTS = (1, 2, 3, 8, 15, 16, 17, 48, 100, 128, 512)
 _TRIAL_WORK = 25 * 10**7  # multiplications per trial, so that asking stays quick for large weights
-_ANSWERS: dict[tuple[int, int, bool, int], tuple[bool, bool]] = {}
+_ANSWERS: dict[tuple[int, int, bool, torch.dtype, int], tuple[bool, bool]] = {}
 _ROWS_HINT = 32  # the layout oneDNN chooses for this row count serves every other count bit for bit alike
 
 
+def _packed_dtypes() -> tuple[torch.dtype, ...]:
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return (torch.float32, *(dtype for dtype, is_supported in supported.items() if is_supported()))
+
+
+PACKED_DTYPES = _packed_dtypes()
+"""What this build of torch has packed products for on this CPU: bfloat16 with AVX512, float16 with its own instructions
+only, without which torch's plain products in float16 are slower than those in float32, and not alike for any batch."""
+
+
 class _Packed(nn.Module):
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
 
     @property
     def weight(self) -> Tensor:
         """The shape and dtype of the weight, for modeling code that asks; it has no data."""
-        return torch.empty(self.out_features, self.in_features, device="meta")
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 class PackedLinear(_Packed):
-    """`y = x Wᵀ + b` with a weight that only oneDNN can read; x [..., in_features] float32 on the CPU."""
+    """`y = x Wᵀ + b` with a weight that only oneDNN can read; x [..., in_features] on the CPU.
+
+    All of one of `PACKED_DTYPES`.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight: [out_features, in_features] float32; bias: [out_features] or None. The weight is copied."""
-        super().__init__(weight.shape[1], weight.shape[0])
+        """weight: [out_features, in_features]; bias: [out_features] or None. The weight is copied."""
+        super().__init__(weight.shape[1], weight.shape[0], weight.dtype)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
         self._bias = bias
         self._sums_single_rows_otherwise, self.is_row_invariant = self._ask()
@@ -48,12 +65,13 @@ class PackedLinear(_Packed):
 
         oneDNN decides by shape, so that one weight answers for all of its shape.
         """
-        key = (self.out_features, self.in_features, self._bias is not None, torch.get_num_threads())
+        has_bias = self._bias is not None
+        key = (self.out_features, self.in_features, has_bias, self.dtype, torch.get_num_threads())
         if key not in _ANSWERS:
             most = max(2, _TRIAL_WORK // (self.out_features * self.in_features))
             counts = [count for count in _TRIAL_COUNTS if count <= most]
             rows = torch.arange(counts[-1] * self.in_features, dtype=torch.float32).sin_()
-            rows = rows.view(-1, self.in_features)
+            rows = rows.view(-1, self.in_features).to(self.dtype)
             single, *several = [self._apply_packed(rows[:count]) for count in counts]
             is_single_otherwise = not torch.equal(single, several[0][:1])
             _ANSWERS[key] = (
@@ -84,6 +102,7 @@ class PackedGroup:
         self.layer = layer
         self._in_features = in_features
         self._sizes = list(sizes)
+        self._dtype = getattr(layer, "dtype", torch.float32)
         self._input: Tensor | None = None
         self._shares: list[Tensor | None] = []
         self._num_left = 0
@@ -91,7 +110,8 @@ class PackedGroup:
     def members(self) -> list["PackedMember"]:
         """One layer for each of the layers that the group was made of."""
         return [
-            PackedMember(self, number, self._in_features, size) for number, size in enumerate(self._sizes)
+            PackedMember(self, number, self._in_features, size, self._dtype)
+            for number, size in enumerate(self._sizes)
         ]
 
     def take(self, number: int, x: Tensor) -> Tensor:
@@ -114,8 +134,10 @@ class PackedGroup:
 class PackedMember(_Packed):
     """One layer of a group."""
 
-    def __init__(self, group: PackedGroup, number: int, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
+    def __init__(
+        self, group: PackedGroup, number: int, in_features: int, out_features: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__(in_features, out_features, dtype)
         self._group = group
         self._number = number
 

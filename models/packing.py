@@ -1,8 +1,8 @@
 """Puts layers that no batch can influence in place of a model's own.
 
-On a CPU in float32 linear layers become packed ones (`linear`), and activations `RowwiseActivation`s (`activation`);
-quantized layers are laid out for the device they are on. Layers that are given the same tensor, such as the query,
-key and value projections, become one product.
+On a CPU, in precisions that it has products for, linear layers become packed ones (`linear`), and activations
+`RowwiseActivation`s (`activation`); quantized layers are laid out for the device they are on. Layers that are given
+the same tensor, such as the query, key and value projections, become one product.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -117,7 +117,7 @@ def _joined(layers: Sequence[nn.Module], on_cpu: bool) -> PackedLinear | Quantiz
     if not on_cpu or not all(_is_float_linear(layer) for layer in layers):
         return None
     parts = [_weight_and_bias(layer) for layer in layers]
-    biases = [torch.zeros(len(weight)) if bias is None else bias for weight, bias in parts]
+    biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
     has_bias = any(bias is not None for _, bias in parts)
     packed = PackedLinear(torch.cat([weight for weight, _ in parts]), torch.cat(biases) if has_bias else None)
     return packed if packed.is_row_invariant else None  # some shapes are not, with the oneDNN of torch 2.11

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from cadenza.decoding import Engine, EngineConfig
 from cadenza.decoding.completion import Completion
 from cadenza.models import LoadedModel
+from cadenza.models.linear import PACKED_DTYPES
 
 SIZES = {
     "vocab_size": 512,
@@ -42,7 +43,9 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def tiny_engine(name: str, extra: dict[str, Any], like: LoadedModel) -> Engine:
+def tiny_engine(
+    name: str, extra: dict[str, Any], like: LoadedModel, dtype: torch.dtype = torch.float32
+) -> Engine:
     torch.manual_seed(3)
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **extra})
     module = (
@@ -51,7 +54,7 @@ def tiny_engine(name: str, extra: dict[str, Any], like: LoadedModel) -> Engine:
     for parameter in module.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
-    model = dataclasses.replace(like, module=module, config=config, max_model_len=200)
+    model = dataclasses.replace(like, module=module.to(dtype), config=config, dtype=dtype, max_model_len=200)
     return Engine(model, EngineConfig(max_num_seqs=24, kv_cache_memory_gb=0.02, enable_prefix_caching=False))
 
 
@@ -79,3 +82,13 @@ def test_alone_equals_in_a_batch(
 ):
     threads(num_threads)
     check(tiny_engine(*DENSE[name], smollm2))
+
+
+@pytest.mark.skipif(torch.bfloat16 not in PACKED_DTYPES, reason="this CPU has no products in bfloat16")
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("name", DENSE)
+def test_alone_equals_in_a_batch_in_bfloat16(
+    name: str, num_threads: int, threads: Callable[[int], None], smollm2: LoadedModel
+):
+    threads(num_threads)
+    check(tiny_engine(*DENSE[name], smollm2, torch.bfloat16))

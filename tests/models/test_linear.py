@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from cadenza.models.linear import PackedLinear
+from cadenza.models.linear import PACKED_DTYPES, PackedLinear, PackedMember
 from cadenza.models.packing import can_pack, pack
 
 CPU = torch.device("cpu")
@@ -22,6 +22,29 @@ def random_layer(in_features: int, out_features: int, *, bias: bool = True) -> t
     torch.manual_seed(in_features * 10_007 + out_features)
     linear = nn.Linear(in_features, out_features, bias=bias).requires_grad_(False)
     return PackedLinear(linear.weight, linear.bias), linear
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in PACKED_DTYPES if dtype != torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
+def test_in_half_precision_the_result_is_rounded_and_a_row_is_alone(
+    in_features: int, out_features: int, bias: bool, dtype: torch.dtype
+):
+    torch.manual_seed(in_features * 10_007 + out_features)
+    linear = nn.Linear(in_features, out_features, bias=bias).requires_grad_(False).to(dtype)
+    packed = PackedLinear(linear.weight, linear.bias)
+    assert packed.weight.dtype == dtype
+    x = torch.randn(100, in_features).to(dtype)
+    everything = packed(x)
+    assert everything.dtype == dtype
+    expected = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0.0)
+    step = torch.finfo(
+        dtype
+    ).eps  # rounded once after the sum, which has errors of its own, and perhaps the bias
+    torch.testing.assert_close(everything.double(), expected, rtol=step, atol=1e-2 * step)
+    for count in COUNTS:
+        for first in (0, 100 - count):
+            assert torch.equal(packed(x[first : first + count]), everything[first : first + count])
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -108,8 +131,23 @@ def test_subclasses_of_linear_layers_are_left_alone():
     assert type(parent["layer"]) is Doubled
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype"), [("cuda", torch.float32), ("cpu", torch.bfloat16), ("cpu", torch.float16)]
-)
-def test_what_cannot_be_packed_says_so(device: str, dtype: torch.dtype):
-    assert not can_pack(torch.device(device), dtype)
+def test_what_cannot_be_packed_says_so():
+    assert not can_pack(torch.device("cuda"), torch.float32)
+    assert not can_pack(CPU, torch.float64)
+    assert can_pack(CPU, torch.float16) == torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    assert can_pack(CPU, torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+def test_fused_layers_of_any_precision_are_the_layers(dtype: torch.dtype):
+    """Of which one has a bias and one has none."""
+    torch.manual_seed(0)
+    parent = nn.ModuleDict({"q": nn.Linear(64, 32), "k": nn.Linear(64, 16, bias=False)})
+    parent = parent.requires_grad_(False).to(dtype)
+    x = torch.randn(5, 64).to(dtype)
+    expected = [parent[name](x) for name in "qk"]
+    pack(parent, [(parent, ["q", "k"])])
+    for name, one in zip("qk", expected, strict=True):
+        assert type(parent[name]) is PackedMember
+        assert parent[name].weight.dtype == dtype
+        torch.testing.assert_close(parent[name](x), one)
