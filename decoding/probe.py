@@ -21,10 +21,12 @@ from cadenza.decoding.runner import ModelRunner
 from cadenza.decoding.scheduler import Span, Step
 from cadenza.models import ModelError
 from cadenza.models.errors import one_line
+from cadenza.models.quantization.base import QuantizedLinear
 
 _NAME = "cadenza_probe"
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _FAILURES = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError)
+_OPERATOR_LIMIT = 0.5
 _NUM_PROMPT_TOKENS, _NUM_DECODE_TOKENS = 12, 2
 
 
@@ -137,6 +139,22 @@ def eager_logits(module: Any) -> Tensor:
 
 
 @torch.inference_mode()
+def check_operators(module: Any, expected: Tensor) -> Tensor:
+    """Compare quantized layers, now packed, with what they gave as dequantized weights; the packed layers' logits.
+
+    They round activations, too, so that only the size of the difference tells a wrong operator from a right one.
+    """
+    actual = eager_logits(module)
+    difference = float((actual - expected).norm() / expected.norm().clamp_min(1e-6))
+    if not difference <= _OPERATOR_LIMIT:
+        raise ModelError(
+            f"{type(module).__name__}: the operators for its quantized layers do not compute what they should here:"
+            f" logits differ by a factor of {difference:.1e}"
+        )
+    return actual
+
+
+@torch.inference_mode()
 def check(module: Any, shapes: list[LayerShape], block_size: int, expected: Tensor) -> None:
     """Compare the logits of the paged path with `eager_logits`; raises ModelError where they differ.
 
@@ -149,12 +167,18 @@ def check(module: Any, shapes: list[LayerShape], block_size: int, expected: Tens
     except _FAILURES as error:
         raise ModelError(f"{name}: the paged attention does not run ({one_line(error)})") from error
     difference = (actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-    limit = 1e-3 if next(module.parameters()).dtype == torch.float32 else 1e-1
+    is_exact = next(module.parameters()).dtype == torch.float32 and not is_quantized(module)
+    limit = 1e-3 if is_exact else 1e-1
     if not bool(difference <= limit):
         raise ModelError(
             f"{name}: logits through the paged KV cache differ from transformers' own by a factor of"
             f" {float(difference):.1e}; this architecture is not supported"
         )
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether it has layers that may round activations."""
+    return any(isinstance(part, QuantizedLinear) for part in module.modules())
 
 
 def _tokens(module: Any) -> list[int]:

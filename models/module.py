@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cadenza.models.allocator import large_blocks_apart
 from cadenza.models.checkpoint import Checkpoint
 from cadenza.models.errors import ModelError, one_line
 from cadenza.models.install import install, slots
@@ -55,6 +56,11 @@ class ModuleSource:
 
 def load_module(source: ModuleSource, method: Method | None) -> Any:
     """The transformers module, on its device. Raises `ModelError`."""
+    with large_blocks_apart():
+        return _load(source, method)
+
+
+def _load(source: ModuleSource, method: Method | None) -> Any:
     if source.limits is not None:
         return _load_offloaded(source, source.limits, method)
     if method is not None:
@@ -113,7 +119,7 @@ def _load_quantized(source: ModuleSource, method: Method) -> Any:
     replaced = quantize_modules(module, method, source.dtype)
     _require_memory(sum(tensor.nbytes for tensor in module.state_dict().values()), source, _ON_DISK)
     target = store_folder(source.folder, source.checkpoint, method, source.dtype)
-    weights = stored_weights(target, source.name, module, replaced, lambda: _original(source))
+    weights = stored_weights(target, source.name, module, replaced, partial(_original, source))
     with _memory_errors(source):
         install(slots(module), weights, source.device)
         return module.to(source.device)
@@ -125,14 +131,20 @@ def _load_offloaded(source: ModuleSource, limits: Limits, method: Method | None)
     replaced = {} if method is None else quantize_modules(module, method, source.dtype)
     text_config = source.config.get_text_config(decoder=True)
     placement = place(module, text_config, source.device, source.dtype, limits, source.name)
+    require_memory(placement.resident_bytes, source.device, source.name)
     scratch = Scratch(limits.folder)
     try:
         if method is None:
             module, weights = _skeleton(source, scratch.path)
         else:
             target = store_folder(source.folder, source.checkpoint, method, source.dtype)
-            open_original = partial(_original, source, limits.folder)
-            weights = stored_weights(target, source.name, module, replaced, open_original)
+            weights = stored_weights(
+                target,
+                source.name,
+                module,
+                replaced,
+                lambda folder: _original(source, limits.folder or folder),
+            )
         with _memory_errors(source):
             dispatch(module, weights, source.device, placement)
     except BaseException:
@@ -144,7 +156,7 @@ def _load_offloaded(source: ModuleSource, limits: Limits, method: Method | None)
 
 
 @contextlib.contextmanager
-def _original(source: ModuleSource, parent: Path | None = None) -> Iterator[FileWeights]:
+def _original(source: ModuleSource, parent: Path) -> Iterator[FileWeights]:
     """The checkpoint's tensors, one by one, for as long as the block lasts; scratch files go below `parent`."""
     with tempfile.TemporaryDirectory(prefix="cadenza-", dir=parent) as scratch:
         yield _skeleton(source, Path(scratch))[1]

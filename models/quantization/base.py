@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _DEQUANTIZED_AT_ONCE = (
-    2**22
-)  # elements; a whole output layer would take more memory than the rest of the model
+    2**18
+)  # elements: what stays in a core's cache; larger blocks are fetched from memory twice
 
 
 class QuantizedLinear(nn.Module, ABC):

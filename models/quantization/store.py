@@ -7,7 +7,8 @@ not at all, and made by one process while others wait; see `models.cache`.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from cadenza.models.cache import build_folder, cache_root, exclusive, is_intact, remembered_digest, say
 from cadenza.models.checkpoint import Checkpoint
 from cadenza.models.errors import ModelError
+from cadenza.models.prequantized.adopt import adopted
 from cadenza.models.quantization.base import Method
 from cadenza.models.quantization.swap import Replaced
 from cadenza.models.weights import SAFETENSORS_DTYPES, FileWeights
 
+OpenOriginal = Callable[[Path], AbstractContextManager[FileWeights]]
 STORE_VERSION = 1
 """Part of every folder's name: raise it when the files' contents change for another reason than the method."""
 FILE = "model.safetensors"
@@ -41,11 +44,12 @@ def stored_weights(
     name: str,
     module: nn.Module,
     replaced: Mapping[str, Replaced],
-    open_original: Any,
+    open_original: OpenOriginal,
 ) -> FileWeights:
     """The tensors for `module`, whose layers have been replaced; made first unless an intact folder is at `target`.
 
-    name: what to call the model to a person. open_original: gives the original tensors by name, when they are needed.
+    name: what to call the model to a person. open_original: gives the original tensors by name, when they are needed,
+    and a folder on the cache's disk for what it must write to do so.
     """
     if not is_intact(target):
         with exclusive(target.name):
@@ -65,7 +69,7 @@ def _method_name(entry: Replaced) -> str:
 
 
 def _write(
-    folder: Path, name: str, module: nn.Module, replaced: Mapping[str, Replaced], open_original: Any
+    folder: Path, name: str, module: nn.Module, replaced: Mapping[str, Replaced], open_original: OpenOriginal
 ) -> None:
     wanted = dict(module.state_dict())
     needed, free = sum(tensor.nbytes for tensor in wanted.values()), shutil.disk_usage(folder).free
@@ -74,7 +78,7 @@ def _write(
             f"quantizing {name} writes {needed / 1e9:.2f} GB to {cache_root()}, where {free / 1e9:.2f} GB are free"
         )
     say(f"Quantizing {name}; this happens once …")
-    with open_original() as original:
+    with open_original(folder) as original:
         write_safetensors(folder / FILE, wanted, _quantized(wanted, replaced, original))
 
 
@@ -88,7 +92,7 @@ def _quantized(
         if layer in replaced and last != "bias":
             if name not in made:
                 entry = replaced[layer]
-                tensors = entry.quantize(original.as_stored(entry.weight_name))
+                tensors = adopted(entry, original) or entry.quantize(original.as_stored(entry.weight_name))
                 made = {f"{layer}.{key}": tensor for key, tensor in tensors.items()}
             yield name, made[name]
         else:

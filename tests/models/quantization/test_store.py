@@ -274,8 +274,8 @@ def test_remains_of_others_go_unless_they_are_at_work(tiny_folder: Path, cache: 
     assert alive.exists()
 
     copies = {copy.name: copy for copy in quantized_copies()}
-    assert copies["tiny (int8-1)"].path == folder_of(tiny_folder)
-    assert copies["tiny (int8-1)"].bytes == (folder_of(tiny_folder) / store.FILE).stat().st_size
+    assert copies[f"tiny ({Int8().key})"].path == folder_of(tiny_folder)
+    assert copies[f"tiny ({Int8().key})"].bytes == (folder_of(tiny_folder) / store.FILE).stat().st_size
     assert copies["(unfinished)"].path == alive
     assert copies["(unfinished)"].bytes == 5
 
