@@ -154,7 +154,9 @@ def _load(source: str, config: LoadConfig, needs: Needs | None) -> LoadedModel:
         )
     gguf.announce(folder, config.quantization)
     if stored_format is not None:
-        announce(served_name(source), stored_format, config.quantization, dtype)
+        announce(
+            served_name(source), stored_format, config.quantization, config.quantization_group_size, dtype
+        )
     with _stage("weights", timings):
         module = load_module(
             ModuleSource(

@@ -37,7 +37,9 @@ class Format:
     ignored: tuple[str, ...] = ()
     """Last names of tensors that may be left unread: what only another way of computing needs."""
     group_size: int | None = None
-    """Inputs that share a scale, where that is one number."""
+    """Inputs that share a scale, where that is one number; None: all of a row, or various."""
+    is_reordered: bool = False
+    """Groups are of inputs that do not lie together (act-order)."""
 
 
 def layers_with(stored: Iterable[str], marker: str) -> list[str]:

@@ -20,13 +20,16 @@ from cadenza.models.prequantized.weights import DequantizedWeights, fitting, ope
 
 log = logging.getLogger(__name__)
 
-_SAME = {
-    "int8": ("int8",),
-    "int4": ("GPTQ 4-bit", "AWQ 4-bit", "int4"),
-    "nf4": ("nf4",),
-    "fp8": ("fp8", "float8"),
+_KINDS = {
+    "int4": ("GPTQ 4-bit", "AWQ 4-bit", "compressed-tensors int4"),
+    "llm-int8": ("bitsandbytes int8",),
+    "int8": ("compressed-tensors int8", "GPTQ 8-bit"),
+    "nf4": ("bitsandbytes nf4",),
+    "fp8": ("fp8", "compressed-tensors float8"),
 }
-"""Words of a format's label that mean a method of ours."""
+"""Formats that are as small as a method of ours makes weights."""
+_KEPT = ("int4", "llm-int8", "nf4")
+"""Methods that keep the numbers of their kind: `adopt` sees to it, or rounding finds the same ones."""
 
 
 def weights_for(module: Any, checkpoint: Checkpoint, stored_format: Format) -> DequantizedWeights | None:
@@ -58,28 +61,27 @@ def write_floats(folder: Path, checkpoint: Checkpoint, stored_format: Format, ta
     return open_checkpoint(target, allow_pickle=False)
 
 
-def announce(name: str, stored_format: Format, quantization: str, dtype: torch.dtype) -> None:
-    """Say in the log what becomes of the weights."""
+def announce(
+    name: str, stored_format: Format, quantization: str, group_size: int, dtype: torch.dtype
+) -> None:
+    """Say in the log what becomes of the weights. quantization, group_size: what was asked for."""
     float_name = str(dtype).removeprefix("torch.")
+    kind = next((kind for kind, labels in _KINDS.items() if stored_format.label in labels), None)
     if quantization == "none":
-        hint = f"; --quantization {better} keeps them small" if (better := _kind(stored_format)) else ""
+        hint = "" if kind is None else f"; --quantization {kind} keeps them in {stored_format.bits} bits"
         log.info("%s: %s weights are dequantized to %s%s", name, stored_format.label, float_name, hint)
-    elif quantization == _kind(stored_format):
-        log.info("%s: %s weights are stored as %s", name, stored_format.label, quantization)
+    elif quantization == kind and kind in _KEPT and _has_groups(stored_format, quantization, group_size):
+        log.info("%s: %s weights are kept in %d bits", name, stored_format.label, stored_format.bits)
     else:
-        log.warning(
-            "%s: %s weights are quantized again, as %s; what both lose adds up",
-            name,
-            stored_format.label,
-            quantization,
-        )
+        line = "%s: %s weights are quantized again, as %s: what is lost adds up"
+        log.warning(line, name, stored_format.label, quantization)
 
 
-def _kind(stored_format: Format) -> str | None:
-    """The method of ours that stores weights as the format does."""
-    return next(
-        (name for name, words in _SAME.items() if any(word in stored_format.label for word in words)), None
-    )
+def _has_groups(stored_format: Format, quantization: str, group_size: int) -> bool:
+    """Whether groups of the size that was asked for share a scale in the checkpoint, too."""
+    if quantization != "int4":
+        return True
+    return not stored_format.is_reordered and (stored_format.group_size or 0) % group_size == 0
 
 
 def _require_safetensors(checkpoint: Checkpoint, stored_format: Format) -> None:

@@ -32,6 +32,7 @@ def gptq(config: Mapping[str, Any]) -> Format:
         bits,
         partial(_gptq_weights, offset=1 if kind == "gptq" else 0, group_size=group_size),
         group_size=group_size if group_size > 0 else None,
+        is_reordered=bool(config.get("desc_act")) and group_size > 0,
     )
 
 

@@ -31,6 +31,7 @@ class Maker:
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
         self.folder = folder
+        self.model_class: Any = LlamaForCausalLM
         self.config = LlamaConfig(
             hidden_size=HIDDEN,
             intermediate_size=INNER,
@@ -69,7 +70,7 @@ class Maker:
             self.folder / "model.safetensors",
         )
         configuration = self.config.to_dict() | {
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [self.model_class.__name__],
             "quantization_config": dict(described),
         }
         (self.folder / "config.json").write_text(json.dumps(configuration))
@@ -83,7 +84,7 @@ class Maker:
                 "tiny",
                 self.folder,
                 open_checkpoint(self.folder, allow_pickle=False),
-                LlamaForCausalLM,
+                self.model_class,
                 config,
                 torch.float32,
                 device,
