@@ -71,7 +71,8 @@ def layer_shapes(module: Any, config: Any, *, on_meta: bool = False) -> list[Lay
     positions = torch.arange(2, device=device)[None]
     extra = {}
     try:
-        if on_meta:  # values decide who computes a token's experts, and where a sequence begins that has no mask
+        # values decide who computes a token's experts, and where a sequence begins that has no mask
+        if on_meta:
             module.set_experts_implementation("batched_mm")
             extra["attention_mask"] = torch.ones_like(ids)
         module.set_attn_implementation(_NAME)
