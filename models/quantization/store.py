@@ -20,7 +20,6 @@ from cadenza.models.cache import build_folder, cache_root, exclusive, is_intact,
 from cadenza.models.checkpoint import Checkpoint
 from cadenza.models.errors import ModelError
 from cadenza.models.prequantized.adopt import adopted
-from cadenza.models.prequantized.adopt import adopted
 from cadenza.models.quantization.base import Method
 from cadenza.models.quantization.swap import Replaced
 from cadenza.models.weights import SAFETENSORS_DTYPES, FileWeights
