@@ -16,7 +16,7 @@ from cadenza.models.quantization.base import Method, QuantizedLinear, stack_para
 from cadenza.models.quantization.rotation import restore_weight, rotate, rotate_weight
 
 _MOST_SUMMED = 2**16  # products of a uint8 and an int8 that 32 bits hold
-_AT_ONCE = 2**18  # elements that are dequantized together: they stay in a core's cache
+_AT_ONCE = 2**18  # elements that are quantized or dequantized together: they stay in a core's cache
 
 
 @functools.cache
@@ -44,12 +44,21 @@ def _is_exact(product: Product, device: torch.device) -> bool:
     return torch.equal(y, expected)
 
 
-def quantize_channels(weight: Tensor) -> dict[str, Tensor]:
-    """weight: [out, in]. qweight [out, in] int8 within ±127, scale [out] float32; symmetric, round to nearest."""
-    weight = weight.float()
-    scale = weight.abs().amax(1).div_(LEVELS)
-    quotient = weight / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    return {"qweight": quotient.round_().clamp_(-LEVELS, LEVELS).to(torch.int8), "scale": scale}
+def quantize_channels(weight: Tensor, *, is_rotated: bool = False) -> dict[str, Tensor]:
+    """weight: [out, in]. qweight [out, in] int8 within ±127, scale [out] float32; symmetric, round to nearest.
+
+    is_rotated: of the rotated weight. Takes little more memory than the weight and the result.
+    """
+    qweight, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+    step = max(1, _AT_ONCE // weight.shape[1])
+    for part, integers, scales in zip(
+        weight.split(step), qweight.split(step), scale.split(step), strict=True
+    ):
+        rows = rotate_weight(part) if is_rotated else part.float()
+        torch.div(rows.abs().amax(1), LEVELS, out=scales)
+        quotient = rows / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        integers.copy_(quotient.round_().clamp_(-LEVELS, LEVELS))
+    return {"qweight": qweight, "scale": scale}
 
 
 class Int8(Method):
@@ -66,7 +75,7 @@ class Int8(Method):
 
     def quantize(self, weight: Tensor) -> Mapping[str, Tensor]:
         """As `quantize_channels`, of the rotated weight."""
-        return quantize_channels(rotate_weight(weight))
+        return quantize_channels(weight, is_rotated=True)
 
     def layer(
         self, in_features: int, out_features: int, *, has_bias: bool, dtype: torch.dtype

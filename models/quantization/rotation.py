@@ -45,7 +45,12 @@ def restore_weight(weight: Tensor) -> Tensor:
 
 
 def _times_hadamard(weight: Tensor, size: int) -> Tensor:
-    return (weight.reshape(-1, size) @ hadamard(size).to(weight.device)).view(weight.shape)
+    return (weight.reshape(-1, size) @ _hadamard_on(weight.device, size)).view(weight.shape)
+
+
+@functools.cache
+def _hadamard_on(device: torch.device, size: int) -> Tensor:
+    return hadamard(size).to(device)
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -55,14 +60,14 @@ def rotate(x: Tensor) -> Tensor:
         return x.float()
     blocks = x.float().reshape(-1, size)
     if x.device.type != "cpu":
-        return (blocks @ hadamard(size).to(x.device)).view(x.shape)
-    packed = _packed(size)
+        return (blocks @ _hadamard_on(x.device, size)).view(x.shape)
+    packed = _packed(size, torch.get_num_threads())
     return (butterflies(blocks) if packed is None else packed(blocks)).view(x.shape)
 
 
 @functools.cache
-def _packed(size: int) -> PackedLinear | None:
-    """None where this machine has no product that sums every number of rows in one order."""
+def _packed(size: int, num_threads: int) -> PackedLinear | None:
+    """None where this machine has no product that sums every number of rows in one order with so many threads."""
     if not torch.backends.mkldnn.is_available():
         return None
     with torch.inference_mode(False):

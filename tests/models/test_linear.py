@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from cadenza.models.activation import RowwiseActivation
 from cadenza.models.linear import PACKED_DTYPES, PackedLinear, PackedMember
 from cadenza.models.packing import can_pack, pack
 
@@ -151,3 +153,16 @@ def test_fused_layers_of_any_precision_are_the_layers(dtype: torch.dtype):
         assert type(parent[name]) is PackedMember
         assert parent[name].weight.dtype == dtype
         torch.testing.assert_close(parent[name](x), one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "gelu_new"])
+def test_an_activation_of_a_row_is_the_same_in_any_company(name: str, dtype: torch.dtype):
+    """torch's own is not, for widths that do not fill whole vectors."""
+    activation = RowwiseActivation(ACT2FN[name])
+    for width in (100, 333, 576):
+        x = (torch.randn(70, width, generator=torch.Generator().manual_seed(width)) * 3).to(dtype)
+        everything = activation(x)
+        torch.testing.assert_close(everything, ACT2FN[name](x))
+        for count in (*range(1, 9), 31, 32, 33, 69):
+            assert torch.equal(activation(x[:count]), everything[:count])

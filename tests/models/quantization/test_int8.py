@@ -80,6 +80,16 @@ def test_the_weight_is_within_half_a_step_of_the_original_once_rotated(width: in
     assert torch.equal(layer.dequantized(1, 4), layer.dequantized()[1:4])
 
 
+def test_a_large_weight_is_quantized_in_pieces() -> None:
+    weight = torch.randn(300, 4096, generator=torch.Generator().manual_seed(0))
+    whole = quantize_channels(weight)
+    assert weight.numel() > int8._AT_ONCE
+    for row in (0, 63, 64, 299):
+        alone = quantize_channels(weight[row : row + 1])
+        assert torch.equal(whole["qweight"][row], alone["qweight"][0])
+        assert torch.equal(whole["scale"][row], alone["scale"][0])
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("width", "outputs"), SHAPES)
 def test_before_prepare_it_multiplies_with_the_dequantized_weight(
@@ -230,7 +240,7 @@ def test_the_butterflies_are_the_matrix(size: int) -> None:
 
 
 def test_without_a_packed_product_rows_are_alone_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation, "_packed", lambda size: None)
+    monkeypatch.setattr(rotation, "_packed", lambda size, num_threads: None)
     layer = random_layer(192, 40)
     x = rows_like_a_models(33, 192)
     expected = truth(layer, x)
