@@ -58,7 +58,7 @@ class EngineDescription:
         """One line for a log."""
         memory, where = (
             self.memory,
-            f"; {self.offloaded_bytes} bytes on {self.offload}" if self.offload else "",
+            f"; {self.offloaded_bytes} bytes {self.offload}" if self.offload else "",
         )
         precision = self.dtype if self.quantization == "none" else f"{self.quantization}, {self.dtype}"
         return (
@@ -95,7 +95,9 @@ def describe(
 ) -> EngineDescription:
     """model: after its layers have been replaced."""
     placement: Any = getattr(model, "placement", None)
-    away = {} if placement is None else {"CPU memory": placement.cpu_bytes, "disk": placement.disk_bytes}
+    away = (
+        {} if placement is None else {"in CPU memory": placement.cpu_bytes, "on disk": placement.disk_bytes}
+    )
     return EngineDescription(
         model=model.name,
         device=str(model.device),

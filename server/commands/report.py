@@ -28,7 +28,7 @@ def report_lines(
         f"hardware  {engine.hardware}",
     ]
     if engine.offload is not None:
-        lines.append(f"offload   {gib(engine.offloaded_bytes)} of weights wait in {engine.offload}")
+        lines.append(f"offload   {gib(engine.offloaded_bytes)} of weights wait {engine.offload}")
     if engine.drafts is not None:
         lines.append(f"drafts    {engine.drafts}")
     return [*lines, f"loaded    in {total:.2f} s ({spent})", f"ready     {url}/v1"]

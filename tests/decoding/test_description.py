@@ -99,7 +99,7 @@ def test_the_report_has_a_line_for_each_fact(tiny_model: LoadedModel) -> None:
             "full_precision_bytes": kept_bytes(
                 sized_module(type(tiny_model.module), copy.deepcopy(tiny_model.config), torch.float32, Int8())
             ),
-            "offload": "disk",
+            "offload": "on disk",
             "offloaded_bytes": 3 * 1024**2,
             "drafts": "ngram",
         }
@@ -114,7 +114,7 @@ def test_the_report_has_a_line_for_each_fact(tiny_model: LoadedModel) -> None:
     assert lines["loaded"] == "in 2.00 s (weights 1.50, engine 0.25)"
     assert lines["ready"] == "http://localhost:1/v1"
     assert "offload" not in lines
-    assert others["offload"] == "3.00 MiB of weights wait in disk"
+    assert others["offload"] == "3.00 MiB of weights wait on disk"
     assert others["drafts"] == "ngram"
     assert "in int8, but" in others["weights"]
     assert "norms and biases" in others["weights"]

@@ -21,6 +21,11 @@ LOADING: dict[str, tuple[list[str], Any]] = {
     "chat_template": (["--chat-template", "x.jinja"], "x.jinja"),
     "generation_config": (["--generation-config", "none"], "none"),
     "max_model_len": (["--max-model-len", "512"], 512),
+    "quantization": (["--quantization", "int4"], "int4"),
+    "quantization_group_size": (["--quantization-group-size", "64"], 64),
+    "max_memory": (["--max-memory", "2GiB"], "2GiB"),
+    "cpu_offload_gb": (["--cpu-offload-gb", "1.5"], 1.5),
+    "offload_folder": (["--offload-folder", "somewhere"], "somewhere"),
 }
 ENGINE: dict[str, tuple[list[str], Any]] = {
     "max_num_seqs": (["--max-num-seqs", "8"], 8),
@@ -44,6 +49,13 @@ def serve(*flags: str) -> argparse.Namespace:
 def test_no_setting_is_out_of_reach() -> None:
     assert set(LOADING) == {field.name for field in fields(LoadConfig)}
     assert set(ENGINE) == {field.name for field in fields(EngineConfig)}
+
+
+def test_a_plan_takes_the_flags_of_serve() -> None:
+    flags = [flag for group in (LOADING, ENGINE) for words, _ in group.values() for flag in words]
+    planned = build_parser().parse_args(["plan", "some-model", *flags])
+    assert load_config(planned) == load_config(serve(*flags))
+    assert engine_config(planned) == engine_config(serve(*flags))
 
 
 def test_silence_means_the_defaults() -> None:
