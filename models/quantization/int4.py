@@ -5,6 +5,7 @@ and no time. Knows nothing of files or models.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +19,19 @@ from cadenza.models.quantization.int8 import Int8
 from cadenza.models.quantization.names import GROUP_SIZES
 
 
+@dataclass(frozen=True)
 class Int4(Method):
-    def __init__(self, group_size: int, device: torch.device) -> None:
-        """device: whose layout the weights get. Raises `ModelError` for a group size that no operator has."""
-        if group_size not in GROUP_SIZES:
+    """Raises `ModelError` for a group size that no operator has."""
+
+    group_size: int
+    layout: Layout
+    """Of the packed integers; see `layout_for`."""
+
+    def __post_init__(self) -> None:
+        if self.group_size not in GROUP_SIZES:
             raise ModelError(
-                f"quantization_group_size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}"
+                f"quantization_group_size {self.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}"
             )
-        self.group_size = group_size
-        self.layout = (cpu_layout() if device.type == "cpu" else None) or LAYOUTS[0]
 
     @property
     def key(self) -> str:
@@ -43,9 +48,8 @@ class Int4(Method):
         """qweight [rows, columns / 2] uint8, scales_and_zeros [groups, rows, 2] bfloat16, as `Int4Linear` has them."""
         out_features, in_features = weight.shape
         padding = (0, -in_features % min(GROUP_SIZES), 0, -out_features % ROWS)
-        integers, scales, zeros = quantize_groups(
-            F.pad(weight, padding), group_size_for(in_features, self.group_size)
-        )
+        weight = F.pad(weight, padding) if any(padding) else weight
+        integers, scales, zeros = quantize_groups(weight, group_size_for(in_features, self.group_size))
         return {
             "qweight": self.layout.pack(integers),
             "scales_and_zeros": torch.stack((scales.T, zeros.T), dim=-1),
@@ -62,6 +66,11 @@ class Int4(Method):
             has_bias=has_bias,
             dtype=dtype,
         )
+
+
+def layout_for(device: torch.device) -> Layout:
+    """What the device's operator reads; any will do where there is none."""
+    return (cpu_layout() if device.type == "cpu" else None) or LAYOUTS[0]
 
 
 def group_size_for(in_features: int, wanted: int) -> int:

@@ -22,9 +22,9 @@ def method_named(name: Quantization, group_size: int, device: torch.device) -> M
 
         return Int8()
     if name == "int4":
-        from cadenza.models.quantization.int4 import Int4
+        from cadenza.models.quantization.int4 import Int4, layout_for
 
-        return Int4(group_size, device)
+        return Int4(group_size, layout_for(device))
     if name == "fp8":
         from cadenza.models.quantization.fp8 import Fp8
 

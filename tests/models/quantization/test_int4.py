@@ -10,10 +10,11 @@ from torch import Tensor
 from cadenza.kernels.int4_linear import LAYOUTS, cpu_layout
 from cadenza.models.errors import ModelError
 from cadenza.models.quantization.groups import quantize_groups
-from cadenza.models.quantization.int4 import Int4, Int4Linear
+from cadenza.models.quantization.int4 import Int4, Int4Linear, layout_for
 from cadenza.models.quantization.methods import method_named
 
 CPU = torch.device("cpu")
+LAYOUT = layout_for(CPU)
 SHAPES = [(64, 64), (192, 576), (1, 32), (65, 100), (48, 1536), (130, 20), (16, 4224)]
 ROW_COUNTS = (1, 2, 3, 4, 5, 7, 8, 16, 31, 64, 70)
 
@@ -55,8 +56,7 @@ def defined(layer: Int4Linear, tensors: Mapping[str, Tensor], row: int, column: 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("shape", [(65, 100), (192, 64)])
 def test_dequantized_weights_are_what_the_bytes_say(shape: tuple[int, int], layout: Any) -> None:
-    method = Int4(32, CPU)
-    method.layout = layout
+    method = Int4(32, layout)
     weight = weights(*shape)
     tensors, layer = method.quantize(weight), filled(method, weight)
     found = layer.dequantized()
@@ -95,7 +95,7 @@ def test_the_prepared_layer_is_the_product_with_the_dequantized_weight(
     """Within what rounding the activations and the result to bfloat16 costs: 2^-8 of each."""
     out_features, in_features = shape
     bias = weights(1, out_features, seed=3)[0]
-    layer = filled(Int4(group_size, CPU), weights(*shape), bias)
+    layer = filled(Int4(group_size, LAYOUT), weights(*shape), bias)
     x = torch.randn(2, 5, in_features, generator=torch.Generator().manual_seed(4))
     weight = layer.dequantized().double()
     expected = x.double() @ weight.T + bias.double()
@@ -113,7 +113,7 @@ def test_the_prepared_layer_is_the_product_with_the_dequantized_weight(
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("shape", [(192, 576), (65, 100), (960, 128), (16, 4224)])
 def test_a_row_depends_on_no_other(shape: tuple[int, int], group_size: int) -> None:
-    layer = filled(Int4(group_size, CPU), weights(*shape))
+    layer = filled(Int4(group_size, LAYOUT), weights(*shape))
     layer.prepare()
     x = torch.randn(ROW_COUNTS[-1], shape[1], generator=torch.Generator().manual_seed(5))
     whole = layer(x)
@@ -150,7 +150,7 @@ def extremes_only(weight: Tensor, group_size: int) -> Tensor:
 def test_the_search_is_never_worse_than_rounding_and_on_the_whole_better(group_size: int) -> None:
     weight = weights(96, 1152)
     weight[5, 40] = 9.0  # an outlier
-    searched = filled(Int4(group_size, CPU), weight).dequantized()
+    searched = filled(Int4(group_size, LAYOUT), weight).dequantized()
     plain = extremes_only(weight, group_size)
     found, reference = (counted_errors(weight, rebuilt, group_size) for rebuilt in (searched, plain))
     assert (found <= reference * (1 + 1e-3)).all()
@@ -168,11 +168,11 @@ def test_weights_on_a_lattice_are_recovered() -> None:
     weight = (integers * scale + low).flatten(1)
     found, _, _ = quantize_groups(weight, 32)
     assert torch.equal(found.view(64, 8, 32), integers.to(torch.uint8))
-    error = filled(Int4(32, CPU), weight).dequantized() - weight
+    error = filled(Int4(32, LAYOUT), weight).dequantized() - weight
     assert (error.unflatten(1, (8, 32)).abs() <= 0.05 * scale).all()
     assert error.square().mean().sqrt() < 0.004 * weight.square().mean().sqrt()
     exact = ((integers - 8) * scale.bfloat16().float() + low.bfloat16().float()).flatten(1)
-    assert torch.equal(filled(Int4(32, CPU), exact).dequantized(), exact)
+    assert torch.equal(filled(Int4(32, LAYOUT), exact).dequantized(), exact)
 
 
 def test_constant_zero_and_tiny_groups() -> None:
@@ -182,7 +182,7 @@ def test_constant_zero_and_tiny_groups() -> None:
     weight[2, :32] = -1.75
     weight[3] *= 1e-30
     weight[4] = 1e-42
-    found = filled(Int4(32, CPU), weight).dequantized()
+    found = filled(Int4(32, LAYOUT), weight).dequantized()
     assert found.isfinite().all()
     assert (found[0] == 0).all()
     assert (found[1] - 0.3).abs().max() <= 0.3 * 2**-8
@@ -193,16 +193,16 @@ def test_constant_zero_and_tiny_groups() -> None:
 
 def test_a_row_that_is_not_finite_stays_alone() -> None:
     weight = weights(64, 64)
-    sound = filled(Int4(32, CPU), weight).dequantized()
+    sound = filled(Int4(32, LAYOUT), weight).dequantized()
     weight[7, 3], weight[9, 3] = torch.nan, torch.inf
-    found = filled(Int4(32, CPU), weight).dequantized()
+    found = filled(Int4(32, LAYOUT), weight).dequantized()
     others = [row for row in range(64) if row not in (7, 9)]
     assert torch.equal(found[others], sound[others])
 
 
 @pytest.mark.parametrize("last", [192, 50])
 def test_joined_layers_give_the_parts_outputs(last: int) -> None:
-    method = Int4(32, CPU)
+    method = Int4(32, LAYOUT)
     bias = weights(1, 128, seed=8)[0]
     layers = [
         filled(method, weights(64, 96, 1)),
@@ -221,7 +221,7 @@ def test_joined_layers_give_the_parts_outputs(last: int) -> None:
 
 
 def test_half_precision_models_keep_their_type() -> None:
-    layer = filled(Int4(32, CPU), weights(64, 64))
+    layer = filled(Int4(32, LAYOUT), weights(64, 64))
     layer.prepare()
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(10)).bfloat16()
     assert layer(x).dtype == torch.bfloat16
@@ -229,7 +229,7 @@ def test_half_precision_models_keep_their_type() -> None:
 
 
 def test_other_devices_compute_with_dequantized_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = filled(Int4(32, CPU), weights(65, 100))
+    layer = filled(Int4(32, LAYOUT), weights(65, 100))
     layer.layout = next(layout for layout in LAYOUTS if layout != cpu_layout())
     layer.qweight = layer.layout.pack(cpu_integers(layer))
     expected = layer(torch.eye(100))
@@ -244,12 +244,8 @@ def cpu_integers(layer: Int4Linear) -> Tensor:
 
 
 def test_keys_tell_layouts_and_group_sizes_apart() -> None:
-    method = Int4(32, CPU)
-    keys = {method.key, Int4(64, CPU).key}
-    for layout in LAYOUTS:
-        method.layout = layout
-        keys.add(method.key)
-    assert len(keys) == 1 + len(LAYOUTS)
+    methods = [Int4(size, layout) for size in (32, 64, 128) for layout in LAYOUTS]
+    assert len({method.key for method in methods}) == len(methods)
 
 
 def test_a_group_size_that_no_operator_has_is_refused_by_name() -> None:
