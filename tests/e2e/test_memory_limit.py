@@ -22,7 +22,6 @@ from transformers import LlamaForCausalLM
 from cadenza.decoding import Engine, EngineConfig
 from cadenza.models import LoadConfig, ModelError
 import cadenza.models.module
-torch.set_num_threads(2)
 status = open("/proc/self/status").read()
 own = int(status.partition("VmData:")[2].split()[0]) * 1024
 limit = own + {HALF} + {OWN_PARTS}
