@@ -68,7 +68,11 @@ def _reader(method: str, described: Mapping[str, Any]) -> Format:
         from cadenza.models.prequantized.fp8 import fp8
 
         return fp8(described)
-    known = "gptq, awq, bitsandbytes, compressed-tensors, fp8, fbgemm_fp8 and mxfp4"
+    if method == "torchao":
+        from cadenza.models.prequantized.torchao import torchao
+
+        return torchao(described)
+    known = "gptq, awq, bitsandbytes, compressed-tensors, torchao, fp8, fbgemm_fp8 and mxfp4"
     raise ModelError(
         f"the model's weights are quantized by {method!r}, which cannot be read here; {known} can"
     )

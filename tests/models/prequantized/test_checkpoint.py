@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from cadenza.models import LoadConfig, ModelError, load_model
 from cadenza.models.prequantized.base import Format
@@ -108,6 +108,50 @@ def test_a_mixture_whose_experts_transformers_fuses(
         assert torch.allclose(actual, expected, atol=1e-4)
     else:
         assert float((actual - expected).norm() / expected.norm()) < 0.03
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_mxfp4_is_left_to_transformers(quantization: Any, maker: Any) -> None:
+    """Experts as gpt-oss has them: pairs of 4-bit floats in bytes, the first in the low half, a power of 2 for 32."""
+    torch.manual_seed(2)
+    config = GptOssConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=96,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model = GptOssForCausalLM(config).eval()
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    numbers = torch.cat((numbers, -numbers))
+    tensors, truth = {}, dict(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            tensors[name] = tensor
+            continue
+        experts, inputs, outputs = tensor.shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 122, blocks.shape[:3], dtype=torch.uint8)
+        values = numbers[torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).int()]
+        weight = values * (2.0 ** (scales.float() - 127))[..., None]
+        truth[name] = weight.flatten(2).transpose(1, 2)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    model.load_state_dict(truth)
+    maker.config, maker.model_class = config, GptOssForCausalLM
+    maker.write_tensors(
+        tensors, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head", "self_attn"]}
+    )
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.inference_mode():
+        expected, actual = model(ids).logits, maker.load(quantization)(ids).logits
+    limit = 1e-5 if quantization == "none" else 0.03
+    assert float((actual - expected).norm() / expected.norm()) < limit
 
 
 def test_layers_that_wait_on_disk(maker: Any, tiny_folder: Path) -> None:
