@@ -221,11 +221,12 @@ def test_joined_layers_give_the_parts_outputs(last: int) -> None:
 
 
 def test_half_precision_models_keep_their_type() -> None:
-    layer = filled(Int4(32, LAYOUT), weights(64, 64))
+    layer = filled(Int4(32, LAYOUT), weights(65, 100))
     layer.prepare()
-    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(10)).bfloat16()
+    x = torch.randn(2, 3, 100, generator=torch.Generator().manual_seed(10)).bfloat16()
     assert layer(x).dtype == torch.bfloat16
     assert torch.equal(layer(x).float(), layer(x.float()))
+    assert layer(x[:0]).shape == (0, 3, 65)
 
 
 def test_other_devices_compute_with_dequantized_weights(monkeypatch: pytest.MonkeyPatch) -> None:
