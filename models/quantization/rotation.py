@@ -62,7 +62,7 @@ def rotate(x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return (blocks @ _hadamard_on(x.device, size)).view(x.shape)
     packed = _packed(size, torch.get_num_threads())
-    return (butterflies(blocks) if packed is None else packed(blocks)).view(x.shape)
+    return (butterflies(blocks) if packed is None else packed.forward(blocks)).view(x.shape)
 
 
 @functools.cache
