@@ -18,6 +18,9 @@ from cadenza.decoding import Engine, EngineConfig
 from cadenza.decoding.completion import Completion
 from cadenza.models import LoadedModel
 from cadenza.models.linear import PACKED_DTYPES
+from cadenza.models.quantization.base import Method
+from cadenza.models.quantization.int8 import Int8
+from cadenza.models.quantization.swap import quantize_modules
 
 SIZES = {
     "vocab_size": 512,
@@ -44,7 +47,11 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 def tiny_engine(
-    name: str, extra: dict[str, Any], like: LoadedModel, dtype: torch.dtype = torch.float32
+    name: str,
+    extra: dict[str, Any],
+    like: LoadedModel,
+    dtype: torch.dtype = torch.float32,
+    method: Method | None = None,
 ) -> Engine:
     torch.manual_seed(3)
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **extra})
@@ -54,6 +61,14 @@ def tiny_engine(
     for parameter in module.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
+    if method is not None:
+        tensors = module.state_dict()
+        for layer, replaced in quantize_modules(module, method, dtype).items():
+            quantized = module.get_submodule(layer)
+            for key, tensor in replaced.quantize(tensors[replaced.weight_name]).items():
+                setattr(quantized, key, tensor)
+            if f"{layer}.bias" in tensors:
+                quantized.bias = torch.nn.Parameter(tensors[f"{layer}.bias"], requires_grad=False)
     model = dataclasses.replace(like, module=module.to(dtype), config=config, dtype=dtype, max_model_len=200)
     return Engine(model, EngineConfig(max_num_seqs=24, kv_cache_memory_gb=0.02, enable_prefix_caching=False))
 
@@ -92,3 +107,14 @@ def test_alone_equals_in_a_batch_in_bfloat16(
 ):
     threads(num_threads)
     check(tiny_engine(*DENSE[name], smollm2, torch.bfloat16))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("name", ["silu, odd width", "new gelu"])
+def test_alone_equals_in_a_batch_in_int8(
+    name: str, num_threads: int, threads: Callable[[int], None], smollm2: LoadedModel
+):
+    threads(num_threads)
+    engine = tiny_engine(*DENSE[name], smollm2, method=Int8())
+    assert "8-bit activations" in str(engine.description.linear)
+    check(engine)
