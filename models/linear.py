@@ -29,8 +29,9 @@ def _packed_dtypes() -> tuple[torch.dtype, ...]:
 
 
 PACKED_DTYPES = _packed_dtypes()
-"""What this build of torch has packed products for on this CPU: bfloat16 with AVX512, float16 with its own instructions
-only, without which torch's plain products in float16 are slower than those in float32, and not alike for any batch."""
+"""What this build of torch has packed products for on this CPU: bfloat16 with AVX512, float16 with instructions of its
+own only; without them torch's products in float16 take 3 to 13 times as long as packed ones in float32 (4 to 128 rows).
+"""
 
 
 class _Packed(nn.Module):

@@ -37,7 +37,8 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """auto: float32 on a CPU; on a GPU the checkpoint's own, bfloat16 where that is float32."""
+    """auto: float32 on a CPU; on a GPU the checkpoint's own, bfloat16 where that is float32. float16 on a CPU without
+    instructions for it takes 3 to 13 times as long as float32 for 4 to 128 tokens."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     trust_remote_code: bool = False
