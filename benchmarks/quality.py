@@ -138,17 +138,36 @@ def common(first: list[int], second: list[int]) -> int:
 
 
 class Reference:
-    """float32's distributions, in a file, and its answers."""
+    """float32's distributions, in a file, its answers, and what it is measured at."""
 
     def __init__(self, engine: Engine, ids: list[int], num_tokens: int, file: Path) -> None:
         vocabulary = int(engine.model.config.vocab_size)
         rows = sum(len(window) - 1 for window in windows(ids))
         self.logprobs = np.memmap(file, dtype=np.float32, mode="w+", shape=(rows, vocabulary))
         start = 0
-        for part in log_probabilities(engine, ids):
+        losses = []
+        for window, part in zip(windows(ids), log_probabilities(engine, ids), strict=True):
             self.logprobs[start : start + len(part)] = part.numpy()
             start += len(part)
+            losses.append(loss(part, window))
         self.answers = answers(engine, num_tokens)
+        self.answer_tokens = statistics.mean(len(answer) for answer in self.answers)
+        perplexity = float(torch.cat(losses).mean().exp())
+        self.quality = Quality(
+            "float32",
+            engine.model.weight_bytes,
+            perplexity,
+            0.0,
+            0.0,
+            1.0,
+            self.answer_tokens,
+            self.answer_tokens,
+        )
+
+
+def loss(logprobs: Tensor, window: list[int]) -> Tensor:
+    """[tokens - 1] float64, nats."""
+    return -logprobs.gather(1, torch.tensor(window[1:])[:, None])[:, 0].double()
 
 
 def measure(precision: str, engine: Engine, ids: list[int], num_tokens: int, reference: Reference) -> Quality:
@@ -156,7 +175,7 @@ def measure(precision: str, engine: Engine, ids: list[int], num_tokens: int, ref
     for window, own in zip(windows(ids), log_probabilities(engine, ids), strict=True):
         theirs = torch.from_numpy(np.array(reference.logprobs[start : start + len(own)]))
         start += len(own)
-        losses.append(-own.gather(1, torch.tensor(window[1:])[:, None])[:, 0].double())
+        losses.append(loss(own, window))
         divergences.append(((theirs - own) * theirs.exp()).double().sum(1))
         equal.append(own.argmax(1) == theirs.argmax(1))
     kl = torch.cat(divergences)
@@ -169,7 +188,7 @@ def measure(precision: str, engine: Engine, ids: list[int], num_tokens: int, ref
         kl_99=float(kl.quantile(0.99)),
         top1=float(torch.cat(equal).float().mean()),
         common_tokens=statistics.mean(shares),
-        answer_tokens=statistics.mean(len(answer) for answer in reference.answers),
+        answer_tokens=reference.answer_tokens,
     )
 
 
@@ -184,7 +203,10 @@ def run(options: argparse.Namespace) -> Iterator[Quality | str]:
         with load(options.model, "float32") as engine:
             ids = list(engine.tokenizer.encode(options.text.read_text(encoding="utf-8")))
             reference = Reference(engine, ids, options.max_tokens, Path(scratch) / "logprobs")
+        yield reference.quality
         for precision in options.precisions:
+            if precision == "float32":
+                continue
             gc.collect()
             try:
                 engine = load(options.model, precision)
