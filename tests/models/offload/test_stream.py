@@ -1,6 +1,9 @@
 """A model whose layers come and go computes what the same model computes with all of them in memory, bit for bit."""
 
+import dataclasses
+import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +45,29 @@ def test_logits_are_those_of_the_resident_model(source_of: Sources, name: str, q
     )
 
 
+@pytest.mark.parametrize("quantization", ["int4", "fp8"])
+def test_every_kind_of_layer_can_come_and_go(source_of: Sources, quantization: str) -> None:
+    """Laying out changes a layer in its own way each; the next pass must find it as it was."""
+    expected = logits_before_and_after_packing(loaded(source_of("untied"), quantization))
+    module = loaded(source_of("untied", budgets(source_of("untied"), quantization)[0]), quantization)
+    assert layers_away(module) == 5
+    found = logits_before_and_after_packing(module)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_what_no_file_holds_is_in_the_offload_folder(source_of: Sources, tmp_path: Path) -> None:
+    """A mixture's experts lie one by one in the checkpoint, and are wanted as one tensor."""
+    source = source_of("mixtral", budgets(source_of("mixtral"), "none")[0])
+    assert source.limits is not None
+    limits = dataclasses.replace(source.limits, folder=tmp_path)
+    module = loaded(dataclasses.replace(source, limits=limits), "none")
+    (scratch,) = tmp_path.iterdir()
+    assert any("experts" in file.name for file in scratch.iterdir())
+    del module
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_half_precision_and_what_fits_as_a_whole(source_of: Sources) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         expected = logits_before_and_after_packing(loaded(source_of("tied", None, dtype), "none"), dtype)
@@ -77,7 +103,7 @@ def test_nothing_stays_behind_between_two_passes(source_of: Sources) -> None:
     assert [type(part) for part in module.modules()] == kept
 
 
-def test_layers_that_wait_in_memory_and_on_disk(source_of: Sources, tmp_path: Any) -> None:
+def test_layers_that_wait_in_memory_and_on_disk(source_of: Sources, tmp_path: Path) -> None:
     """A GPU's CPU tier, with CPU memory as both: cpu:0 computes, cpu and disk are where layers wait."""
     source = source_of("tied")
     _, expected = logits_before_and_after_packing(loaded(source, "none"))
