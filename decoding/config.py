@@ -11,6 +11,7 @@ from cadenza.decoding.attention import TILE
 from cadenza.decoding.kv_cache import LayerShape
 from cadenza.decoding.logits import LogprobsMode
 from cadenza.decoding.memory_plan import Demand
+from cadenza.kernels.sampling import ROWS_AT_ONCE
 from cadenza.models import ModelError
 from cadenza.models.offload.budget import StepNeeds
 from cadenza.models.offload.placement import activation_bytes
@@ -18,7 +19,7 @@ from cadenza.models.offload.placement import activation_bytes
 NGRAM = "ngram"
 _SAMPLED_COPIES = 32
 """Of a row of logits, which sampling over the whole vocabulary makes beside the four that are always counted: sorted
-values, their tokens in 64 bits, sums, noise. Measured: 35 where 64 rows of flat distributions were cut by top-p."""
+values, their tokens in 64 bits, sums, noise. Measured: 35 in all for flat distributions that are cut by top-p."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,5 +136,5 @@ def step_bytes(config: EngineConfig, model: Plannable) -> int:
     activations = activation_bytes(model.config, model.dtype, needs)
     if model.kv_cache_bytes is not None:
         return activations
-    rows = min(needs.num_rows, needs.num_tokens)
+    rows = min(needs.num_rows, needs.num_tokens, ROWS_AT_ONCE)
     return activations + _SAMPLED_COPIES * rows * int(model.config.vocab_size) * 4

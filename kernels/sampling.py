@@ -15,7 +15,7 @@ What needs tokens in the order of their probabilities is in `truncation`, what n
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -38,6 +38,9 @@ _WIDEST_NOISE = 25.8
 _FEW = 8  # a word of noise by itself costs four times as much as one of four
 _ALIGNMENT = 64  # elements: no number is computed as the scalar remainder of a vector, whatever is beside it
 _NUM_CANDIDATES = 256
+ROWS_AT_ONCE = (
+    8  # of whole vocabularies, whose sorted values, tokens, sums and noise take 35 times their logits
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +130,7 @@ def survivors(logits: Tensor, rows: SamplingRows, which: Tensor) -> Iterator[Sur
     """Everything up to the draw, for the rows where `which` [R] is true. Their temperature is above 0."""
     truncated = rows.is_truncated & which
     free = which & ~truncated
-    if free.any():
-        chosen = free.nonzero().flatten()
+    for chosen in _slices(free.nonzero().flatten()):
         own = rows.select(chosen)
         values = _finish(_begin(logits[chosen], own), None, own, logits.shape[-1])
         yield Survivors(chosen, None, values)
@@ -138,12 +140,16 @@ def survivors(logits: Tensor, rows: SamplingRows, which: Tensor) -> Iterator[Sur
             yield Survivors(chosen, candidates, values)
 
 
-def truncate(logits: Tensor, rows: SamplingRows, which: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _slices(rows: Tensor) -> Sequence[Tensor]:
+    """rows: [r]; none where there is none."""
+    return rows.split(ROWS_AT_ONCE) if len(rows) else ()
+
+
+def truncate(logits: Tensor, rows: SamplingRows, which: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The candidates that truncation up to min-p leaves in the rows where `which` [R] is true.
 
-    Returns groups (rows [r], token ids [r, K], scaled logits [r, K], -inf where cut off).
+    Yields groups (rows [r], token ids [r, K], scaled logits [r, K], -inf where cut off).
     """
-    groups: list[tuple[Tensor, Tensor, Tensor]] = []
     vocab_size = logits.shape[-1]
     widths = torch.where(rows.top_k > 0, rows.top_k, _NUM_CANDIDATES).clamp_max(vocab_size)
     for width in widths[which].unique().tolist():
@@ -151,15 +157,11 @@ def truncate(logits: Tensor, rows: SamplingRows, which: Tensor) -> list[tuple[Te
         own = rows.select(chosen)
         scaled = _begin(logits[chosen], own)
         candidates, values, exact = _most_likely(scaled, own, width)
-        if exact.all():
-            groups.append((chosen, candidates, values))
-            continue
         if exact.any():
-            groups.append((chosen[exact], candidates[exact], values[exact]))
-        rest = ~exact
-        candidates, values, _ = _most_likely(scaled[rest], own.select(rest), vocab_size)
-        groups.append((chosen[rest], candidates, values))
-    return groups
+            yield chosen[exact], candidates[exact], values[exact]
+        for rest in _slices((~exact).nonzero().flatten()):
+            candidates, values, _ = _most_likely(scaled[rest], own.select(rest), vocab_size)
+            yield chosen[rest], candidates, values
 
 
 def _most_likely(scaled: Tensor, rows: SamplingRows, width: int) -> tuple[Tensor, Tensor, Tensor]:
