@@ -24,17 +24,16 @@ class Lattice:
 
     def dequantized(self) -> Tensor:
         """[out, in] float32, each weight rounded once."""
-        out_features, in_features = self.values.shape
-        weight = self.values.float()
+        weight = self.values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if self.group_of is None:
-            groups = weight.view(out_features, self.scales.shape[1], -1)
+            groups = weight.view(len(weight), self.scales.shape[1], -1)
             if self.zeros is not None:
-                groups = groups - self.zeros.float()[..., None]
-            groups = groups * self.scales.float()[..., None]
-            return groups.view(out_features, in_features)
+                groups.sub_(self.zeros.float()[..., None])
+            groups.mul_(self.scales.float()[..., None])
+            return weight
         if self.zeros is not None:
-            weight = weight - self.zeros.float()[:, self.group_of]
-        return weight * self.scales.float()[:, self.group_of]
+            weight.sub_(self.zeros.float()[:, self.group_of])
+        return weight.mul_(self.scales.float()[:, self.group_of])
 
 
 def group_of_each(in_features: int, group_size: int) -> Tensor | None:
@@ -63,9 +62,10 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     """
     rows, width = words.shape
     if 32 % bits == 0:
-        shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-        integers: Tensor = (words[..., None] >> shifts) & (2**bits - 1)
-        return integers.to(torch.uint8).view(rows, -1)
+        integers = torch.empty(rows, width, 32 // bits, dtype=torch.uint8)
+        for place in range(32 // bits):  # not all at once: a layer in int32 is as large as in float32
+            integers[..., place] = (words >> bits * place) & (2**bits - 1)
+        return integers.view(rows, -1)
     single = (words[..., None] >> torch.arange(32, dtype=torch.int32)) & 1
     stream = single.view(rows, width * 32)[:, : width * 32 // bits * bits].view(rows, -1, bits)
     return (stream << torch.arange(bits, dtype=torch.int32)).sum(-1).to(torch.uint8)

@@ -131,7 +131,7 @@ def open_weights(
 def fitting(weights: DequantizedWeights, module: Any) -> bool:
     """Whether these are all tensors of the module, by its names; tied ones, which are left out, become aliases.
 
-    Raises `ModelError` where a shape is not the module's.
+    Raises `ModelError` where a shape is not the module's, or a bias would be lost.
     """
     wanted = dict(module.state_dict())
     for name, other in module.all_tied_weights_keys.items():
@@ -144,4 +144,7 @@ def fitting(weights: DequantizedWeights, module: Any) -> bool:
             raise ModelError(
                 f"{name} is {list(weights.shape(name))} in the checkpoint, {list(tensor.shape)} in the model"
             )
+    for name in weights:  # AutoGPTQ writes biases of zeros for layers that have none
+        if name not in wanted and name.endswith(".bias") and bool(weights[name].any()):
+            raise ModelError(f"{name} is in the checkpoint, but the model adds nothing there")
     return True

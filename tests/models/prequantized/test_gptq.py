@@ -175,3 +175,19 @@ def test_a_tensor_beside_a_weight_that_nobody_knows_is_refused(maker: Any) -> No
     maker.write(encode, AWQ)
     with pytest.raises(ModelError, match="smooth is not understood"):
         maker.load()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_bias_that_the_model_lacks_must_be_zero(maker: Any, value: float) -> None:
+    def encode(layer: str, weight: Tensor) -> tuple[Stored, Tensor]:
+        stored, truth = _awq(layer, weight)
+        return stored | {layer + "bias": torch.full((len(weight),), value)}, truth
+
+    expected = maker.write(encode, AWQ)
+    if value:
+        with pytest.raises(
+            ModelError, match=r"\w+_proj\.bias is in the checkpoint, but the model adds nothing there"
+        ):
+            maker.load()
+    else:
+        assert torch.allclose(maker.logits(), expected, atol=1e-4, rtol=1e-4)
