@@ -110,7 +110,8 @@ def _replace_layers(model: LoadedModel, block_size: int) -> list[LayerShape]:
     with watch_siblings(module) as siblings:  # one run only: quantized layers are slow until they are packed
         expected = probe.eager_logits(module)
     with large_blocks_apart():
-        pack(module, siblings, on_cpu=can_pack(model.device, model.dtype))
+        packs_floats = can_pack(model.device, model.dtype)
+        pack(module, siblings, packs_floats=packs_floats, on_cpu=model.device.type == "cpu")
     shapes = probe.layer_shapes(module, model.config)
     if probe.is_quantized(module):
         expected = probe.check_operators(module, expected)

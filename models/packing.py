@@ -52,13 +52,16 @@ def watch_siblings(module: nn.Module) -> Iterator[list[tuple[nn.Module, list[str
         siblings += [(parent, names) for names in by_input.values() if len(names) > 1]
 
 
-def pack(module: nn.Module, siblings: Siblings = (), *, on_cpu: bool = True) -> int:
+def pack(
+    module: nn.Module, siblings: Siblings = (), *, packs_floats: bool = True, on_cpu: bool = True
+) -> int:
     """Replace, in place, every linear layer and activation below `module`; returns how many linear layers.
 
     Covers `nn.Linear`, GPT-2's `Conv1D` (a linear layer with its weight transposed) and quantized layers, which are
     laid out for their device. Row-major weights are released as they are packed unless something else, such as a
-    tied embedding, holds them. on_cpu: whether `can_pack` says that layers in full precision can be packed.
-    Layers that wait elsewhere (`models.offload`) are packed each time they come, and not counted.
+    tied embedding, holds them. Layers that wait elsewhere (`models.offload`) are packed each time they come, and not
+    counted. packs_floats: whether `can_pack` says that layers in full precision can be packed; on_cpu: whether
+    activations would let rows influence each other.
     """
     streams = streams_of(module)
     waiting = {part for stream in streams for part in stream.module.modules()}
@@ -66,17 +69,24 @@ def pack(module: nn.Module, siblings: Siblings = (), *, on_cpu: bool = True) -> 
     for stream in sorted(streams, key=lambda stream: stream.num_bytes, reverse=True):
         own = set(stream.module.modules())
         within = [(parent, names) for parent, names in siblings if parent in own]
-        stream.lay_out_with(partial(_pack, siblings=within, on_cpu=on_cpu))
+        stream.lay_out_with(partial(_pack, siblings=within, packs_floats=packs_floats, on_cpu=on_cpu))
     rest = [(parent, names) for parent, names in siblings if parent not in waiting]
-    return _pack(module, rest, on_cpu=on_cpu, skip={stream.module for stream in streams})
+    return _pack(
+        module, rest, packs_floats=packs_floats, on_cpu=on_cpu, skip={stream.module for stream in streams}
+    )
 
 
 def _pack(
-    module: nn.Module, siblings: Siblings, *, on_cpu: bool, skip: Collection[nn.Module] = frozenset()
+    module: nn.Module,
+    siblings: Siblings,
+    *,
+    packs_floats: bool,
+    on_cpu: bool,
+    skip: Collection[nn.Module] = frozenset(),
 ) -> int:
     count = 0
     for parent, names in siblings:
-        whole = _joined([getattr(parent, name) for name in names], on_cpu)
+        whole = _joined([getattr(parent, name) for name in names], packs_floats)
         if whole is None:  # one by one, below
             continue
         group = PackedGroup(
@@ -90,7 +100,7 @@ def _pack(
             if isinstance(child, QuantizedLinear) and not child.is_prepared:
                 child.prepare()
                 count += 1
-            elif on_cpu and _is_float_linear(child):
+            elif packs_floats and _is_float_linear(child):
                 setattr(parent, name, PackedLinear(*_weight_and_bias(child)))
                 count += 1
             elif on_cpu and isinstance(child, ACTIVATIONS):
@@ -106,7 +116,7 @@ def _modules_outside(module: nn.Module, skip: Collection[nn.Module]) -> Iterator
             yield from _modules_outside(child, skip)
 
 
-def _joined(layers: Sequence[nn.Module], on_cpu: bool) -> PackedLinear | QuantizedLinear | None:
+def _joined(layers: Sequence[nn.Module], packs_floats: bool) -> PackedLinear | QuantizedLinear | None:
     """One layer, ready to compute, in place of several that are given the same tensor; None if none can be made."""
     quantized_layers = [layer for layer in layers if isinstance(layer, QuantizedLinear)]
     if len(quantized_layers) == len(layers) and len({type(layer) for layer in layers}) == 1:
@@ -114,7 +124,7 @@ def _joined(layers: Sequence[nn.Module], on_cpu: bool) -> PackedLinear | Quantiz
         if quantized is not None:
             quantized.prepare()
         return quantized
-    if not on_cpu or not all(_is_float_linear(layer) for layer in layers):
+    if not packs_floats or not all(_is_float_linear(layer) for layer in layers):
         return None
     parts = [_weight_and_bias(layer) for layer in layers]
     biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]

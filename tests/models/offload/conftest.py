@@ -103,7 +103,7 @@ def logits_before_and_after_packing(module: Any, dtype: torch.dtype = torch.floa
     with watch_siblings(module) as siblings:
         before = module(IDS).logits
     with torch.inference_mode(False):
-        pack(module, siblings, on_cpu=can_pack(CPU, dtype))
+        pack(module, siblings, packs_floats=can_pack(CPU, dtype))
     after = module(IDS).logits
     assert torch.equal(module(IDS).logits, after), "a second pass must find what the first one found"
     return before, after
