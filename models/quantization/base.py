@@ -6,7 +6,7 @@ to a file in between, so that a method knows nothing of checkpoints, files or bu
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ class QuantizedLinear(nn.Module, ABC):
 
     A row's result must not depend on the other rows, to the last bit.
     """
+
+    output_dimensions: ClassVar[Mapping[str, int]] = {}
+    """Along which dimension of a buffer the output features lie, where it is not the first."""
 
     def __init__(self, in_features: int, out_features: int, *, has_bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -64,10 +67,28 @@ class QuantizedLinear(nn.Module, ABC):
         """What multiplies once the layer is prepared, in a few words for a person."""
         return "torch, dequantized for every product"
 
+    def empty(self, out_features: int, *, has_bias: bool) -> Self:
+        """A layer like this one, as its `Method` makes it."""
+        return type(self)(self.in_features, out_features, has_bias=has_bias, dtype=self.dtype)
+
     @classmethod
-    @abstractmethod
     def concatenate(cls, layers: Sequence[Self]) -> Self | None:
         """One layer, not prepared, that gives the outputs of all layers side by side; None if there is none such."""
+        has_bias = any(layer.bias is not None for layer in layers)
+        whole = layers[0].empty(sum(layer.out_features for layer in layers), has_bias=has_bias)
+        for name in whole._buffers:
+            parts = [layer.get_buffer(name) for layer in layers]
+            whole._buffers[name] = torch.cat(parts, dim=cls.output_dimensions.get(name, 0))
+        if has_bias:
+            device = parts[0].device
+            biases = [
+                torch.zeros(layer.out_features, dtype=layer.dtype, device=device)
+                if layer.bias is None
+                else layer.bias
+                for layer in layers
+            ]
+            whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        return whole
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_prepared:
@@ -110,16 +131,3 @@ class Method(ABC):
         self, in_features: int, out_features: int, *, has_bias: bool, dtype: torch.dtype
     ) -> QuantizedLinear:
         """An empty layer, whose buffers on meta have the names, shapes and types that `quantize` gives."""
-
-
-def stack_parameters(layers: Sequence[QuantizedLinear], whole: QuantizedLinear) -> None:
-    """Put the layers' buffers, joined along their first dimension, and their biases into `whole`."""
-    for name, _ in list(whole.named_buffers()):
-        joined = torch.cat([getattr(layer, name) for layer in layers])
-        setattr(whole, name, joined)
-    if whole.bias is not None:
-        zeros = [torch.zeros(layer.out_features, dtype=whole.dtype, device=joined.device) for layer in layers]
-        biases = [
-            zero if layer.bias is None else layer.bias for layer, zero in zip(layers, zeros, strict=True)
-        ]
-        whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False)

@@ -4,7 +4,7 @@ On a GPU that has them, rows are rounded to float8, too, as they come. No CPU mu
 become float32 a few rows at a time, which saves memory and no time. Knows nothing of files or models.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cadenza.kernels.fp8_linear import FP8, LARGEST, can_scale_rows, fp8_linear, fp8_values
 from cadenza.models.linear import PackedLinear
-from cadenza.models.quantization.base import Method, QuantizedLinear, stack_parameters
+from cadenza.models.quantization.base import Method, QuantizedLinear
 from cadenza.models.quantization.int8 import Int8
 
 _AT_ONCE = 2**20  # weights in float32; with fewer, oneDNN's 0.3 ms of preparation for each block shows
@@ -80,14 +80,3 @@ class Fp8Linear(QuantizedLinear):
             return "oneDNN float32, packed from fp8 for every product"
         is_scaled = can_scale_rows(self.qweight.device, self.out_features, self.in_features)
         return "torch fp8, 8-bit activations" if is_scaled else super().operator
-
-    @classmethod
-    def concatenate(cls, layers: Sequence["Fp8Linear"]) -> "Fp8Linear":
-        whole = cls(
-            layers[0].in_features,
-            sum(layer.out_features for layer in layers),
-            has_bias=any(layer.bias is not None for layer in layers),
-            dtype=layers[0].dtype,
-        )
-        stack_parameters(layers, whole)
-        return whole

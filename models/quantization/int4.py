@@ -6,10 +6,11 @@ and no time. Knows nothing of files or models.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cadenza.kernels.int4_linear import LAYOUTS, ROWS, Layout, cpu_layout, int4_linear
 from cadenza.models.errors import ModelError
@@ -81,6 +82,7 @@ def group_size_for(in_features: int, wanted: int) -> int:
 class Int4Linear(QuantizedLinear):
     """The weight is padded with zeros: rows to a multiple of 64, columns to one of 32."""
 
+    output_dimensions: ClassVar[Mapping[str, int]] = {"scales_and_zeros": 1}
     qweight: Tensor
     scales_and_zeros: Tensor
 
@@ -133,26 +135,13 @@ class Int4Linear(QuantizedLinear):
             else super().operator
         )
 
+    def empty(self, out_features: int, *, has_bias: bool) -> "Int4Linear":
+        return Int4Linear(
+            self.in_features, out_features, self.group_size, self.layout, has_bias=has_bias, dtype=self.dtype
+        )
+
     @classmethod
     def concatenate(cls, layers: Sequence["Int4Linear"]) -> "Int4Linear | None":
-        first = layers[0]
         if any(layer.out_features % ROWS for layer in layers[:-1]):
             return None  # padding would come to lie between the outputs
-        whole = cls(
-            first.in_features,
-            sum(layer.out_features for layer in layers),
-            first.group_size,
-            first.layout,
-            has_bias=any(layer.bias is not None for layer in layers),
-            dtype=first.dtype,
-        )
-        whole.qweight = torch.cat([layer.qweight for layer in layers])
-        whole.scales_and_zeros = torch.cat([layer.scales_and_zeros for layer in layers], dim=1)
-        if whole.bias is not None:
-            zeros = [torch.zeros(layer.out_features, dtype=first.dtype) for layer in layers]
-            biases = [
-                zero.to(first.qweight.device) if layer.bias is None else layer.bias
-                for layer, zero in zip(layers, zeros, strict=True)
-            ]
-            whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
-        return whole
+        return super().concatenate(layers)

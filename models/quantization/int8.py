@@ -5,14 +5,14 @@ exactly, so that a row's result cannot depend on the rows beside it.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cadenza.kernels.int8_linear import CHUNKED, INT_MM, LEVELS, ONEDNN, Product, int8_linear
-from cadenza.models.quantization.base import Method, QuantizedLinear, stack_parameters
+from cadenza.models.quantization.base import Method, QuantizedLinear
 from cadenza.models.quantization.rotation import restore_weight, rotate, rotate_weight
 
 _MOST_SUMMED = 2**16  # products of a uint8 and an int8 that 32 bits hold
@@ -126,14 +126,3 @@ class Int8Linear(QuantizedLinear):
             id(CHUNKED): "float32 products of 8-bit integers",
         }
         return f"{names[id(self._product)]}, 8-bit activations"
-
-    @classmethod
-    def concatenate(cls, layers: Sequence["Int8Linear"]) -> "Int8Linear":
-        whole = cls(
-            layers[0].in_features,
-            sum(layer.out_features for layer in layers),
-            has_bias=any(layer.bias is not None for layer in layers),
-            dtype=layers[0].dtype,
-        )
-        stack_parameters(layers, whole)
-        return whole

@@ -7,13 +7,13 @@ has 11); sums of integers are exact, so that a row's result depends on no other.
 product of 8-bit integers, one with outliers three. Weights are as bitsandbytes stores them: rounded to nearest, by row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from cadenza.kernels.int8_linear import LEVELS, int8_linear, quantize_rows
-from cadenza.models.quantization.base import Method, QuantizedLinear, stack_parameters
+from cadenza.models.quantization.base import Method, QuantizedLinear
 from cadenza.models.quantization.int8 import Int8, product_for
 
 THRESHOLD = 6.0
@@ -86,14 +86,3 @@ class LLMInt8Linear(QuantizedLinear):
     @property
     def operator(self) -> str:
         return "8-bit products, outliers of each token in 15 bits"
-
-    @classmethod
-    def concatenate(cls, layers: Sequence["LLMInt8Linear"]) -> "LLMInt8Linear":
-        whole = cls(
-            layers[0].in_features,
-            sum(layer.out_features for layer in layers),
-            has_bias=any(layer.bias is not None for layer in layers),
-            dtype=layers[0].dtype,
-        )
-        stack_parameters(layers, whole)
-        return whole

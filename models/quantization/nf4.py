@@ -9,7 +9,7 @@ Knows nothing of files or of how checkpoints store nf4.
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cadenza.models.errors import ModelError, one_line
 from cadenza.models.linear import PackedLinear
-from cadenza.models.quantization.base import Method, QuantizedLinear, stack_parameters
+from cadenza.models.quantization.base import Method, QuantizedLinear
 from cadenza.models.quantization.int8 import Int8
 
 BLOCK = 64
@@ -143,17 +143,6 @@ class NF4Linear(QuantizedLinear):
         if self._is_fused:
             return "bitsandbytes nf4, bfloat16 activations"
         return "oneDNN float32, packed from nf4 for every product" if self._is_packed() else super().operator
-
-    @classmethod
-    def concatenate(cls, layers: Sequence["NF4Linear"]) -> "NF4Linear":
-        whole = cls(
-            layers[0].in_features,
-            sum(layer.out_features for layer in layers),
-            has_bias=any(layer.bias is not None for layer in layers),
-            dtype=layers[0].dtype,
-        )
-        stack_parameters(layers, whole)
-        return whole
 
 
 def interleaved(qweight: Tensor) -> Tensor:
