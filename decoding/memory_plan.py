@@ -124,6 +124,11 @@ def _asked(demand: Demand) -> tuple[int, str] | None:
     asked, room = demand.asked_bytes, demand.room_bytes
     if asked is None:
         return None
+    if demand.allotted_bytes is not None and asked > demand.allotted_bytes:
+        raise ModelError(
+            f"--kv-cache-memory-gb {asked / GIB:.2f} is more than the {demand.allotted_bytes / GIB:.2f} GiB that"
+            " --max-memory leaves for it"
+        )
     if room is not None and asked > room:
         useful = demand.most_useful_blocks * demand.bytes_per_block
         raise ModelError(

@@ -54,7 +54,7 @@ def causal_lm_class(config: Any, *, trust_remote_code: bool) -> Any:
     own_classes = getattr(config, "auto_map", None) or {}
     if trust_remote_code and "AutoModelForCausalLM" in own_classes:
         return _remote_class(config, own_classes["AutoModelForCausalLM"])
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     try:
         model_class = AutoModelForCausalLM._model_mapping[type(config)]
@@ -62,7 +62,8 @@ def causal_lm_class(config: Any, *, trust_remote_code: bool) -> Any:
         raise ModelError(f"{name} is not a decoder-only language model that transformers knows") from None
     if config.architectures and model_class.__name__ not in config.architectures:
         raise ModelError(f"{name} has no language-model head; {model_class.__name__} would be needed")
-    if getattr(config, "is_decoder", True) is False:
+    # a decoder's configuration may say so, too (GPT-NeoX), but no decoder is trained to fill in masked words
+    if getattr(config, "is_decoder", True) is False and type(config) in AutoModelForMaskedLM._model_mapping:
         raise ModelError(f"{name} is an encoder (its config says is_decoder: false), not a language model")
     if getattr(model_class, "_is_stateful", False):
         raise ModelError(f"{name} keeps a recurrent state instead of a KV cache, which is not supported")

@@ -67,13 +67,18 @@ LARGE = {"max_num_seqs": 1000, "context": 100_000}
         ({"allotted_bytes": 200 * GIB}, 80 * GIB, "what a step leaves of the 100.00 GiB"),
         ({"asked_bytes": 50 * GIB}, 50 * GIB, "--kv-cache-memory-gb"),
         ({"asked_bytes": 50 * GIB, "free_bytes": None}, 50 * GIB, "--kv-cache-memory-gb"),
-        ({"asked_bytes": 3 * GIB, "allotted_bytes": GIB}, 3 * GIB, "--kv-cache-memory-gb"),
+        ({"asked_bytes": GIB, "allotted_bytes": 3 * GIB}, GIB, "--kv-cache-memory-gb"),
     ],
 )
 def test_the_smallest_limit_decides_and_is_named(changes: dict[str, Any], budget: float, reason: str) -> None:
     plan = plan_memory(wanting(**LARGE, **changes))
     assert plan.num_blocks == int(budget) // (128 * 1024)
     assert plan.reason.startswith(reason)
+
+
+def test_a_budget_is_not_exceeded_on_request() -> None:
+    with pytest.raises(ModelError, match=r"--kv-cache-memory-gb 3.00 is more than the 1.00 GiB that --max-memory"):
+        plan_memory(wanting(**LARGE, asked_bytes=3 * GIB, allotted_bytes=GIB))
 
 
 def test_more_than_is_free_is_refused_with_the_numbers() -> None:

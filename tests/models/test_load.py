@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
+    GPTNeoXConfig,
     LlamaForCausalLM,
     MambaConfig,
     MistralConfig,
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from cadenza.models import LoadConfig, ModelError, load_model
+from cadenza.models.architecture import causal_lm_class
 
 CPU = LoadConfig(device="cpu")
 
@@ -96,6 +98,19 @@ def test_architectures_that_cannot_work_are_named(
     config.save_pretrained(tiny_folder)
     with pytest.raises(ModelError, match=reason):
         load_model(str(tiny_folder), CPU)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTNeoXConfig(
+            architectures=["GPTNeoXForCausalLM"]
+        ),  # a decoder, although its config says is_decoder: false
+        BertConfig(architectures=["BertLMHeadModel"], is_decoder=True),
+    ],
+)
+def test_decoders_are_not_taken_for_encoders(config: PreTrainedConfig) -> None:
+    assert config.architectures == [causal_lm_class(config, trust_remote_code=False).__name__]
 
 
 def test_unknown_types_and_foreign_code_are_refused(tiny_folder: Path) -> None:
