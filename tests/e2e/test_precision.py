@@ -103,10 +103,10 @@ def test_log_probabilities_agree_with_the_choice_and_with_scoring(client: httpx.
 
 def test_company_changes_no_bit(client: httpx.Client) -> None:
     def one(number: int) -> Any:
-        fields: dict[str, Any] = {"logprobs": 3, "max_tokens": 6 + 3 * number, "seed": number}
+        fields: dict[str, Any] = {"logprobs": 3, "max_tokens": 4 + 2 * number, "seed": number}
         fields |= {"prompt": "Once upon a time " * (1 + 5 * number), "temperature": 0.8 * (number % 2)}
         if number == 3:
-            fields |= {"response_format": FORMAT, "max_tokens": 40}
+            fields |= {"response_format": FORMAT, "max_tokens": 24}
         return complete(client, **fields)
 
     alone = [one(number) for number in range(6)]
