@@ -77,7 +77,9 @@ def test_the_smallest_limit_decides_and_is_named(changes: dict[str, Any], budget
 
 
 def test_a_budget_is_not_exceeded_on_request() -> None:
-    with pytest.raises(ModelError, match=r"--kv-cache-memory-gb 3.00 is more than the 1.00 GiB that --max-memory"):
+    with pytest.raises(
+        ModelError, match=r"--kv-cache-memory-gb 3.00 is more than the 1.00 GiB that --max-memory"
+    ):
         plan_memory(wanting(**LARGE, asked_bytes=3 * GIB, allotted_bytes=GIB))
 
 
