@@ -5,6 +5,7 @@ it once with its own eager attention and once through the paged path. A model th
 outside transformers' registry, ALiBi, state-space layers, …) is refused by name before it answers anything wrong.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ def check(module: Any, shapes: list[LayerShape], block_size: int, expected: Tens
     except _FAILURES as error:
         raise ModelError(f"{name}: the paged attention does not run ({one_line(error)})") from error
     difference = (actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-    is_exact = next(module.parameters()).dtype == torch.float32 and not is_quantized(module)
+    is_exact = _dtype(module) == torch.float32 and not is_quantized(module)
     limit = 1e-3 if is_exact else 1e-1
     if not bool(difference <= limit):
         raise ModelError(
@@ -188,17 +189,23 @@ def _tokens(module: Any) -> list[int]:
 
 
 def _device(module: Any) -> torch.device:
-    """Parameters of layers that wait elsewhere are on meta."""
-    devices: list[torch.device] = [parameter.device for parameter in module.parameters()]
-    return next(device for device in devices if device.type != "meta")
+    """Tensors of layers that wait elsewhere are on meta; a quantized model may have buffers only."""
+    tensors = chain(module.parameters(), module.buffers())
+    return next(tensor.device for tensor in tensors if not tensor.is_meta)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """Of activations. Of a quantized model's parameters there may be none, or only what must be float32."""
+    layers = (part.dtype for part in module.modules() if isinstance(part, QuantizedLinear))
+    return next(layers, None) or next(module.parameters()).dtype
 
 
 def _paged_logits(module: Any, shapes: list[LayerShape], block_size: int) -> Tensor:
     """Logits [tokens, V]: a prompt chunk, then the rest as decode rows."""
-    tokens, like = _tokens(module), next(module.parameters())
+    tokens = _tokens(module)
     num_blocks = -(-len(tokens) // block_size)
     device = _device(module)
-    cache = KVCache(shapes, num_blocks, block_size, like.dtype, device)
+    cache = KVCache(shapes, num_blocks, block_size, _dtype(module), device)
     text = TextStream(IncrementalDetokenizer(_NoText(), (), True), StopStringFilter((), False))
     branch = Branch(
         order=(0, 0, 0),

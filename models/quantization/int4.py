@@ -119,7 +119,7 @@ class Int4Linear(QuantizedLinear):
     def apply_prepared(self, x: Tensor) -> Tensor:
         if self.qweight.device.type != "cpu" or cpu_layout() != self.layout:
             return F.linear(x, self.dequantized().to(x.dtype), self.bias)
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
+        rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()  # the operator refuses others
         if self._num_padding:
             rows = F.pad(rows, (0, self._num_padding))
         y = int4_linear(rows, self.qweight, self.group_size, self.scales_and_zeros)

@@ -163,9 +163,14 @@ def _has_fused_product() -> bool:
 
 
 def _fused_product(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
-    """x [..., in] → [..., out] in x's dtype, rounded to bfloat16; absmax [in / 64, out] bfloat16."""
+    """x [..., in] → [..., out] in x's dtype, rounded to bfloat16; absmax [in / 64, out] bfloat16.
+
+    The operator reads x as if it were contiguous, and divides by the number of rows.
+    """
     shape = (len(packed), x.shape[-1])
-    y: Tensor = torch.ops.bitsandbytes.gemv_4bit(x, packed, shape, absmax, _code(), BLOCK)
+    if not x.numel():
+        return x.new_empty(*x.shape[:-1], len(packed))
+    y: Tensor = torch.ops.bitsandbytes.gemv_4bit(x.contiguous(), packed, shape, absmax, _code(), BLOCK)
     return y
 
 
