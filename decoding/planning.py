@@ -18,7 +18,7 @@ from cadenza.decoding.kv_cache import LayerShape
 from cadenza.decoding.memory_plan import MemoryPlan, plan_memory
 from cadenza.models import LoadConfig, ModelError
 from cadenza.models.architecture import context_length
-from cadenza.models.load import device_named, dtype_named
+from cadenza.models.load import check, device_named, dtype_named
 from cadenza.models.memory import Memory, available_bytes, memory_of, require_memory
 from cadenza.models.offload.budget import limits
 from cadenza.models.offload.placement import Placement, place
@@ -102,6 +102,7 @@ def plan_model(
     source: str, load: LoadConfig = LoadConfig(), engine: EngineConfig = EngineConfig()
 ) -> ModelPlan:
     """Raises `ModelError` where the model could not be served with any amount of memory."""
+    check(load)
     planner = _Planner(source, load, engine)
     chosen = planner.precision(planner.dtype, load.quantization, load.quantization_group_size)
     return ModelPlan(

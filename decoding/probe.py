@@ -5,6 +5,7 @@ it once with its own eager attention and once through the paged path. A model th
 outside transformers' registry, ALiBi, state-space layers, …) is refused by name before it answers anything wrong.
 """
 
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -191,7 +192,8 @@ def _tokens(module: Any) -> list[int]:
 def _device(module: Any) -> torch.device:
     """Tensors of layers that wait elsewhere are on meta; a quantized model may have buffers only."""
     tensors = chain(module.parameters(), module.buffers())
-    return next(tensor.device for tensor in tensors if not tensor.is_meta)
+    devices: Iterator[torch.device] = (tensor.device for tensor in tensors if not tensor.is_meta)
+    return next(devices)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -52,7 +52,7 @@ class LoadConfig:
     quantization: Quantization = "none"
     """How linear layers and the token embedding are stored: none keeps the dtype. See `models.quantization`."""
     quantization_group_size: int = 32
-    """Weights that share a scale in int4: 32, 64 or 128."""
+    """Weights that share a scale in int4: 32, 64 or 128. Refused beside any other quantization."""
     max_memory: str | None = None
     """Of the device, or by device, such as 2GiB or cuda:0=20GiB,cpu=30GiB: weights beyond it wait elsewhere. Counts
     weights, the KV cache and what a step takes; not the process itself, nor a draft model. None: all must fit."""
@@ -107,10 +107,20 @@ def load_model(source: str, config: LoadConfig = LoadConfig(), needs: Needs | No
 
     needs: what an engine on this device will take of `max_memory`, where that is given; None: one with its defaults.
     """
-    if config.dtype not in DTYPES:
-        raise ModelError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
+    check(config)
     with _no_garbage_collection():
         return _load(source, config, needs)
+
+
+def check(config: LoadConfig) -> None:
+    """Raises `ModelError` for what no model could be loaded with."""
+    if config.dtype not in DTYPES:
+        raise ModelError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
+    group_size = config.quantization_group_size
+    if config.quantization != "int4" and group_size != LoadConfig.quantization_group_size:
+        raise ModelError(
+            f"quantization_group_size {group_size} is for quantization int4 only, not for {config.quantization}"
+        )
 
 
 def _load(source: str, config: LoadConfig, needs: Needs | None) -> LoadedModel:

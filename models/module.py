@@ -107,11 +107,14 @@ def _load_dequantized(source: ModuleSource) -> Any:
     module = hollow_module(source.model_class, source.config, source.dtype)
     needed = sum(tensor.nbytes for tensor in module.state_dict().values())
     _require_memory(needed, source, f"{_SMALLER}, or {_ON_DISK}")
-    with tempfile.TemporaryDirectory(prefix="cadenza-") as scratch:
-        module, weights = _skeleton(source, Path(scratch))
+    scratch = Scratch(None)
+    try:
+        module, weights = _skeleton(source, scratch.path)
         with _memory_errors(source):
             install(slots(module), weights, source.device)
             return module.to(source.device)
+    finally:
+        scratch.remove()
 
 
 def _load_quantized(source: ModuleSource, method: Method) -> Any:
@@ -143,7 +146,7 @@ def _load_offloaded(source: ModuleSource, limits: Limits, method: Method | None)
                 source.name,
                 module,
                 replaced,
-                lambda folder: _original(source, limits.folder or folder),
+                lambda _: _original(source, scratch.path),
             )
         with _memory_errors(source):
             dispatch(module, weights, source.device, placement)

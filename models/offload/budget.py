@@ -5,6 +5,7 @@ Free of torch, and knows nothing of models.
 
 import re
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from cadenza.models.errors import ModelError
@@ -53,8 +54,8 @@ def limits(
 ) -> Limits | None:
     """None: nothing is limited, and nothing offloaded. device: cpu, or cuda:N. Raises `ModelError`."""
     device = "cuda:0" if device == "cuda" else device
-    if not cpu_offload_gb >= 0:
-        raise ModelError(f"cpu_offload_gb must not be negative, got {cpu_offload_gb:g}")
+    if not (isfinite(cpu_offload_gb) and cpu_offload_gb >= 0):
+        raise ModelError(f"cpu_offload_gb must not be negative or infinite, got {cpu_offload_gb:g}")
     if cpu_offload_gb and device == "cpu":
         raise ModelError(
             "cpu_offload_gb: the model computes on the CPU, whose memory it would be offloaded to;"
@@ -102,7 +103,10 @@ def parse_size(text: str, name: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ModelError(f"{name}: {text.strip()!r} is not a size such as 2GiB or 1500MB")
-    size = int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+    exact = float(match[1]) * _UNITS[(match[2] or "").upper()]
+    if not exact < 2**63:
+        raise ModelError(f"{name}: no machine has so much memory")
+    size = int(exact)
     if size < 1:
         raise ModelError(f"{name}: {text.strip()!r} is no memory at all")
     return size

@@ -22,7 +22,7 @@ from cadenza.models.errors import ModelError
 from cadenza.models.prequantized.adopt import adopted
 from cadenza.models.quantization.base import Method
 from cadenza.models.quantization.swap import Replaced
-from cadenza.models.weights import SAFETENSORS_DTYPES, FileWeights
+from cadenza.models.weights import SAFETENSORS_DTYPES, FileWeights, tensors_of
 
 OpenOriginal = Callable[[Path], AbstractContextManager[FileWeights]]
 STORE_VERSION = 1
@@ -51,9 +51,9 @@ def stored_weights(
     name: what to call the model to a person. open_original: gives the original tensors by name, when they are needed,
     and a folder on the cache's disk for what it must write to do so.
     """
-    if not is_intact(target):
+    if not _is_usable(target, module):
         with exclusive(target.name):
-            if not is_intact(target):
+            if not _is_usable(target, module):
                 facts = {
                     "name": name,
                     "methods": sorted({_method_name(entry) for entry in replaced.values()}),
@@ -62,6 +62,15 @@ def stored_weights(
                     target, facts, lambda folder: _write(folder, name, module, replaced, open_original)
                 )
     return FileWeights.of_safetensors([target / FILE])
+
+
+def _is_usable(target: Path, module: nn.Module) -> bool:
+    """Whether the folder is intact and holds this module: its code (transformers', remote) is in no folder's name."""
+    if not is_intact(target):
+        return False
+    found = {name: (shape, dtype) for name, (_, dtype, shape) in tensors_of(target / FILE).items()}
+    wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in module.state_dict().items()}
+    return found == wanted
 
 
 def _method_name(entry: Replaced) -> str:

@@ -238,3 +238,10 @@ def test_a_name_that_is_not_exported_is_an_attribute_error() -> None:
 
     with pytest.raises(AttributeError, match="no_such"):
         _ = cadenza.models.no_such  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_a_group_size_that_nothing_uses_is_refused(tiny_folder: Path, quantization: Any) -> None:
+    config = LoadConfig(device="cpu", quantization=quantization, quantization_group_size=64)
+    expected = f"quantization_group_size 64 is for quantization int4 only, not for {quantization}"
+    assert refused(tiny_folder, config) == expected

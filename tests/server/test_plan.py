@@ -338,3 +338,11 @@ def test_an_alias_that_is_not_here_is_not_fetched(
     monkeypatch.setenv("CADENZA_CACHE", str(tmp_path))
     assert "`cadenza pull smollm2` fetches it" in refused(capsys, "smollm2")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_group_size_that_nothing_uses_is_refused_as_serve_does(
+    folder_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of("Qwen2")
+    assert main(["plan", str(folder), "--quantization", "int8", "--quantization-group-size", "64"]) != 0
+    assert "quantization_group_size 64 is for quantization int4 only" in capsys.readouterr().err

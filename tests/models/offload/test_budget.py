@@ -25,7 +25,9 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, "max_memory") == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "2 gibs", "1e9", "0", "0.1B", "two"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1GiB", "2 gibs", "1e9", "0", "0.1B", "two", "9" * 400, "9999999999TiB"]
+)
 def test_what_is_no_size_is_refused_by_name(text: str) -> None:
     with pytest.raises(ModelError, match=r"^max_memory: "):
         parse_size(text, "max_memory")
@@ -56,6 +58,7 @@ def test_limits_are_honoured_or_refused() -> None:
         ((None, 1.0, None, "cpu"), "^cpu_offload_gb: the model computes on the CPU"),
         ((None, -1.0, None, "cuda:0"), "^cpu_offload_gb must not be negative"),
         ((None, float("nan"), None, "cuda:0"), "^cpu_offload_gb"),
+        ((None, float("inf"), None, "cuda:0"), "^cpu_offload_gb must not be negative or infinite"),
         ((None, 0.0, "/somewhere", "cpu"), "^offload_folder: nothing is offloaded"),
     ]:
         with pytest.raises(ModelError, match=reason):

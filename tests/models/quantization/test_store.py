@@ -15,6 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -184,6 +185,20 @@ def test_a_damaged_folder_is_made_again(
     assert count == NUM_MATRICES - 1
     assert same(actual, expected)
     assert ("is damaged, and is not used" in caplog.text) == damage.__name__.startswith("flip")
+    assert load(tiny_folder)[0] == 0
+
+
+def test_a_folder_of_other_tensors_is_made_again(tiny_folder: Path, cache: Path) -> None:
+    """As another transformers would have named or shaped them: no code is in the folder's name."""
+    _, expected = load(tiny_folder)
+    tensors = load_file(folder_of(tiny_folder) / store.FILE)
+    tensors["model.renamed.scale"] = tensors.pop("model.layers.0.mlp.up_proj.scale")
+    cache_module.build_folder(
+        folder_of(tiny_folder), {"name": "tiny"}, lambda folder: save_file(tensors, folder / store.FILE)
+    )
+    count, actual = load(tiny_folder)
+    assert count == NUM_MATRICES - 1
+    assert same(actual, expected)
     assert load(tiny_folder)[0] == 0
 
 
