@@ -152,7 +152,8 @@ def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{_processor()}, {capability}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {capability}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _processor() -> str:

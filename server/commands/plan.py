@@ -117,9 +117,11 @@ def _print(plan: "ModelPlan") -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:  # a pipe has no width: nothing is cut
         console = Console(highlight=False, markup=False, emoji=False, width=160)
-    console.print(_facts(plan))
-    console.print(_precisions(plan))
-    console.print(_decisions(plan))
+    with console.capture() as capture:
+        console.print(_facts(plan))
+        console.print(_precisions(plan))
+        console.print(_decisions(plan))
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def _facts(plan: "ModelPlan") -> "Table":
@@ -162,7 +164,7 @@ def _precisions(plan: "ModelPlan") -> "Table":
             room = f"{memory.full_length_concurrency} of {memory.max_model_len} tokens"
             if precision.placement is not None:
                 away = precision.placement.cpu_bytes + precision.placement.disk_bytes
-                room += f"; {gib(away)} of weights wait elsewhere"
+                room += f"; {gib(away)} of weights wait elsewhere" if away else ""
             table.add_row(name, weights, gib(memory.num_bytes), str(memory.num_tokens), room)
     return table
 
@@ -188,8 +190,9 @@ def _decisions(plan: "ModelPlan") -> "Table":
     table.add_row("weights", gib(sizes.total) + (f"; in {chosen.dtype}: {kept}" if kept else ""))
     placement = chosen.placement
     if placement is not None:
-        away = f"{gib(placement.cpu_bytes)} in CPU memory, {gib(placement.disk_bytes)} on disk"
-        table.add_row("offload", f"{gib(placement.resident_bytes)} on {plan.device}, {away}")
+        away = [(placement.cpu_bytes, "in CPU memory"), (placement.disk_bytes, "on disk")]
+        parts = [(placement.resident_bytes, f"on {plan.device}"), *(part for part in away if part[0])]
+        table.add_row("offload", ", ".join(f"{gib(size)} {where}" for size, where in parts))
     table.add_row("KV cache", f"{memory.num_tokens} tokens, {gib(memory.num_bytes)} ({memory.reason})")
     table.add_row("context", f"{memory.max_model_len} tokens ({memory.context_reason})")
     table.add_row("at once", at_once(memory))

@@ -27,8 +27,6 @@ def report_lines(
         f"kernels   {engine.kernels}",
         f"hardware  {engine.hardware}",
     ]
-    if engine.offload is not None:
-        lines.append(f"offload   {gib(engine.offloaded_bytes)} of weights wait {engine.offload}")
     if engine.drafts is not None:
         lines.append(f"drafts    {engine.drafts}")
     return [*lines, f"loaded    in {total:.2f} s ({spent})", f"ready     {url}/v1"]
@@ -36,11 +34,16 @@ def report_lines(
 
 def _weights(engine: "EngineDescription") -> str:
     stored = engine.dtype if engine.quantization == "none" else engine.quantization
-    text = f"{gib(engine.weight_bytes)}: {count(engine.num_parameters)} parameters in {stored}"
+    place = (
+        ""
+        if engine.offload is None
+        else f" on {engine.device}, {gib(engine.offloaded_bytes)} {engine.offload}"
+    )
+    text = f"{gib(engine.weight_bytes)}{place}: {count(engine.num_parameters)} parameters in {stored}"
     if not engine.full_precision_bytes:
         return text
     kept = ", ".join(f"{gib(size)} {what}" for what, size in engine.full_precision_bytes.items())
-    return f"{text}, but {kept}"
+    return f"{text}; in {engine.dtype}: {kept}"
 
 
 def at_once(memory: "MemoryPlan") -> str:

@@ -34,7 +34,7 @@ def test_a_description_is_what_is_there(tiny_model: LoadedModel, caplog: pytest.
         "oneDNN float32, packed": 2 * 4 + 1
     }  # query, key and value are one; gate and up, too
     assert torch.backends.cpu.get_cpu_capability() in found.hardware
-    assert f"{torch.get_num_threads()} threads" in found.hardware
+    assert f", {torch.get_num_threads()} thread" in found.hardware
     assert found.cache_config["num_gpu_blocks"] == str(found.memory.num_blocks)
     assert int(found.cache_config["block_size"]) * found.memory.num_blocks == engine.num_kv_tokens
     (line,) = [record.getMessage() for record in caplog.records if "engine ready" in record.getMessage()]
@@ -113,10 +113,10 @@ def test_the_report_has_a_line_for_each_fact(tiny_model: LoadedModel) -> None:
     )
     assert lines["loaded"] == "in 2.00 s (weights 1.50, engine 0.25)"
     assert lines["ready"] == "http://localhost:1/v1"
-    assert "offload" not in lines
-    assert others["offload"] == "3.00 MiB of weights wait on disk"
+    assert " on disk" not in lines["weights"]
+    assert " on cpu, 3.00 MiB on disk: " in others["weights"]
     assert others["drafts"] == "ngram"
-    assert "in int8, but" in others["weights"]
+    assert "parameters in int8; in float32: " in others["weights"]
     assert "norms and biases" in others["weights"]
 
 
