@@ -107,14 +107,21 @@ def _load_dequantized(source: ModuleSource) -> Any:
     module = hollow_module(source.model_class, source.config, source.dtype)
     needed = sum(tensor.nbytes for tensor in module.state_dict().values())
     _require_memory(needed, source, f"{_SMALLER}, or {_ON_DISK}")
+    assert source.stored_format is not None
+    weights = weights_for(module, source.checkpoint, source.stored_format)
+    if weights is not None:  # nothing is written
+        return _installed(source, module, weights)
     scratch = Scratch(None)
     try:
-        module, weights = _skeleton(source, scratch.path)
-        with _memory_errors(source):
-            install(slots(module), weights, source.device)
-            return module.to(source.device)
+        return _installed(source, *_skeleton(source, scratch.path))
     finally:
         scratch.remove()
+
+
+def _installed(source: ModuleSource, module: Any, weights: FileWeights) -> Any:
+    with _memory_errors(source):
+        install(slots(module), weights, source.device)
+        return module.to(source.device)
 
 
 def _load_quantized(source: ModuleSource, method: Method) -> Any:
@@ -123,9 +130,7 @@ def _load_quantized(source: ModuleSource, method: Method) -> Any:
     _require_memory(sum(tensor.nbytes for tensor in module.state_dict().values()), source, _ON_DISK)
     target = store_folder(source.folder, source.checkpoint, method, source.dtype)
     weights = stored_weights(target, source.name, module, replaced, partial(_original, source))
-    with _memory_errors(source):
-        install(slots(module), weights, source.device)
-        return module.to(source.device)
+    return _installed(source, module, weights)
 
 
 def _load_offloaded(source: ModuleSource, limits: Limits, method: Method | None) -> Any:

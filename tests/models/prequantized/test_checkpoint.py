@@ -200,3 +200,12 @@ def test_what_becomes_of_the_weights_is_said(
     (record,) = caplog.records
     assert record.levelname == level
     assert f"tiny: GPTQ 4-bit weights {line}" in record.getMessage()
+
+
+def test_what_is_dequantized_as_it_is_read_needs_no_cache(
+    maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CADENZA_CACHE", str(tmp_path / "file" / "cache"))
+    expected = maker.write(_fp8, FP8)
+    assert torch.allclose(maker.logits(), expected, atol=1e-4)
