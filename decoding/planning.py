@@ -104,7 +104,7 @@ def plan_model(
     """Raises `ModelError` where the model could not be served with any amount of memory."""
     check(load)
     planner = _Planner(source, load, engine)
-    chosen = planner.precision(planner.dtype, load.quantization, load.quantization_group_size)
+    chosen = planner.precision(planner.dtype, load.quantization, load.group_size)
     return ModelPlan(
         outline=planner.outline,
         parameters=planner.parameters,

@@ -24,6 +24,7 @@ from cadenza.decoding.scheduler import Span, Step
 from cadenza.models import ModelError
 from cadenza.models.errors import one_line
 from cadenza.models.quantization.base import QuantizedLinear
+from cadenza.models.quantization.experts import ExpertStack
 
 _NAME = "cadenza_probe"
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -172,6 +173,8 @@ def check(module: Any, shapes: list[LayerShape], block_size: int, expected: Tens
     difference = (actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
     is_exact = _dtype(module) == torch.float32 and not is_quantized(module)
     limit = 1e-3 if is_exact else 1e-1
+    if any(isinstance(part, ExpertStack) for part in module.modules()):
+        limit = 5e-1  # where experts are as good as equal, rounding decides which are asked
     if not bool(difference <= limit):
         raise ModelError(
             f"{name}: logits through the paged KV cache differ from transformers' own by a factor of"

@@ -21,7 +21,7 @@ from cadenza.models.checkpoint import Checkpoint, open_checkpoint
 from cadenza.models.errors import ModelError
 from cadenza.models.generation_config import FILE_NAME, eos_ids, read_generation_config, sampling_defaults
 from cadenza.models.offload.budget import StepNeeds, limits
-from cadenza.models.quantization.names import Quantization
+from cadenza.models.quantization.names import GROUP_SIZES, Quantization
 from cadenza.models.source import resolve, served_name
 from cadenza.models.tokenizer import Tokenizer
 
@@ -51,8 +51,8 @@ class LoadConfig:
     max_model_len: int | None = None
     quantization: Quantization = "none"
     """How linear layers and the token embedding are stored: none keeps the dtype. See `models.quantization`."""
-    quantization_group_size: int = 32
-    """Weights that share a scale in int4: 32, 64 or 128. Refused beside any other quantization."""
+    quantization_group_size: int | None = None
+    """Weights that share a scale in int4: 32, 64 or 128. None: 32; no other method lets them be chosen."""
     max_memory: str | None = None
     """Of the device, or by device, such as 2GiB or cuda:0=20GiB,cpu=30GiB: weights beyond it wait elsewhere. Counts
     weights, the KV cache and what a step takes; not the process itself, nor a draft model. None: all must fit."""
@@ -60,6 +60,10 @@ class LoadConfig:
     """On a GPU: so many units of 1024³ bytes of weights stay in CPU memory."""
     offload_folder: str | None = None
     """For weights that wait on disk and cannot be read from the checkpoint's own files. None: in the cache."""
+
+    @property
+    def group_size(self) -> int:
+        return GROUP_SIZES[0] if self.quantization_group_size is None else self.quantization_group_size
 
 
 @dataclass
@@ -117,7 +121,7 @@ def check(config: LoadConfig) -> None:
     if config.dtype not in DTYPES:
         raise ModelError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
     group_size = config.quantization_group_size
-    if config.quantization != "int4" and group_size != LoadConfig.quantization_group_size:
+    if config.quantization != "int4" and group_size is not None:
         raise ModelError(
             f"quantization_group_size {group_size} is for quantization int4 only, not for {config.quantization}"
         )
@@ -165,9 +169,7 @@ def _load(source: str, config: LoadConfig, needs: Needs | None) -> LoadedModel:
         )
     gguf.announce(folder, config.quantization)
     if stored_format is not None:
-        announce(
-            served_name(source), stored_format, config.quantization, config.quantization_group_size, dtype
-        )
+        announce(served_name(source), stored_format, config.quantization, config.group_size, dtype)
     with _stage("weights", timings):
         module = load_module(
             ModuleSource(
@@ -182,7 +184,7 @@ def _load(source: str, config: LoadConfig, needs: Needs | None) -> LoadedModel:
                 allowed,
                 stored_format,
             ),
-            method_named(config.quantization, config.quantization_group_size, device),
+            method_named(config.quantization, config.group_size, device),
         )
     own = read_generation_config(folder)
     return LoadedModel(
@@ -274,7 +276,7 @@ def _fingerprint(folder: Path, checkpoint: Checkpoint, dtype: "torch.dtype", con
     from importlib.metadata import version
 
     configuration = (folder / "config.json").read_text(encoding="utf-8")
-    group_size = config.quantization_group_size if config.quantization == "int4" else 0
+    group_size = config.group_size if config.quantization == "int4" else 0
     quantization = f"{config.quantization}:{group_size}"
     parts = (version("cadenza"), str(dtype), quantization, configuration, checkpoint.digest())
     return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

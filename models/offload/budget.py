@@ -78,7 +78,7 @@ def size_text(size: int) -> str:
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
         if size >= factor:
             return f"{size / factor:.{2 if size < 10 * factor else 1}f} {unit}"
-    return f"{size / 1024:.0f} KiB"
+    return f"{size / 1024:.0f} KiB" if size >= 1024 else f"{size} bytes"
 
 
 def parse_max_memory(text: str, device: str) -> dict[str, int]:

@@ -148,7 +148,7 @@ class _Budget:
                 f" {size_text(fixed + layer + kv_cache)}, of which {size_text(layer)} for the largest layer,"
                 f" {size_text(self._rest)} for weights that stay, {size_text(self._activations)} for a step of"
                 f" {needs.num_tokens} tokens and {needs.num_rows} rows of logits, {size_text(kv_cache)} for the KV"
-                " cache"
+                " cache; --quantization makes layers smaller, --max-num-batched-tokens and --max-num-seqs a step"
             )
         if given is not None:
             return given

@@ -26,20 +26,33 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add = partial(group.add_argument, default=argparse.SUPPRESS)
     add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--dtype", choices=["auto", "float32", "float16", "bfloat16"])
+    add(
+        "--dtype",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        help="of activations and of weights that are not quantized (default: auto, float32 on a CPU)",
+    )
     add(
         "--quantization",
         choices=["none", "int8", "int4", "nf4", "fp8", "llm-int8"],
         help="store weights in fewer bits (default: none)",
     )
-    add("--quantization-group-size", type=int, choices=[32, 64, 128], help="weights per scale in int4")
+    add(
+        "--quantization-group-size",
+        type=int,
+        choices=[32, 64, 128],
+        help="weights per scale in int4 (default: 32)",
+    )
     add(
         "--max-memory",
         metavar="SIZE",
         help="weights that have no room stay on disk: 2GiB, 1500MB, or by device, cuda:0=20GiB,cpu=30GiB",
     )
     add("--cpu-offload-gb", type=float, metavar="GIB", help="on a GPU: weights that stay in CPU memory")
-    add("--offload-folder", metavar="PATH", help="for weights that no file holds as they are needed")
+    add(
+        "--offload-folder",
+        metavar="PATH",
+        help="for offloaded weights that no file holds as they are needed (default: in CADENZA_CACHE)",
+    )
     add("--max-model-len", type=int, metavar="TOKENS", help="shorten the context")
     add("--chat-template", metavar="PATH", help="a template file, or the template")
     add(

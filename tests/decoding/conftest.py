@@ -30,6 +30,16 @@ def reference(smollm2_path: Path) -> Any:
 @pytest.fixture(scope="session")
 def tiny_model(smollm2: LoadedModel) -> LoadedModel:
     """A random model of milliseconds per step that reads and writes the real vocabulary. Engines may share it."""
+    return _tiny_model(smollm2)
+
+
+@pytest.fixture
+def fresh_tiny_model(smollm2: LoadedModel) -> LoadedModel:
+    """The same, whose layers no engine has replaced yet, and which can be copied therefore."""
+    return _tiny_model(smollm2)
+
+
+def _tiny_model(smollm2: LoadedModel) -> LoadedModel:
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=smollm2.config.vocab_size,

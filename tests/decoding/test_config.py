@@ -120,22 +120,22 @@ def test_a_size_is_a_size(value: float) -> None:
         EngineConfig(kv_cache_memory_gb=value)
 
 
-def test_a_step_is_counted_by_its_tokens_and_rows(tiny_model: LoadedModel) -> None:
+def test_a_step_is_counted_by_its_tokens_and_rows(fresh_tiny_model: LoadedModel) -> None:
     def step_bytes(**fields: Any) -> int:
         config = EngineConfig(max_num_seqs=8, **fields)
-        return demand(config, tiny_model, [LayerShape(1, 16, 16)], None, None).step_bytes
+        return demand(config, fresh_tiny_model, [LayerShape(1, 16, 16)], None, None).step_bytes
 
     small = step_bytes(max_num_batched_tokens=128)
     assert (
         step_bytes(max_num_batched_tokens=256) - small
-        == small - 8 * 4 * (4 + 32) * tiny_model.config.vocab_size
+        == small - 8 * 4 * (4 + 32) * fresh_tiny_model.config.vocab_size
     )
     assert step_bytes(max_num_batched_tokens=128, speculative="ngram") > small
 
 
-def test_all_layers_count(tiny_model: LoadedModel) -> None:
+def test_all_layers_count(fresh_tiny_model: LoadedModel) -> None:
     shapes = [LayerShape(1, 16, 16), LayerShape(2, 16, 8)]
-    wanted = demand(EngineConfig(), tiny_model, shapes, None, None)
+    wanted = demand(EngineConfig(), fresh_tiny_model, shapes, None, None)
     assert (wanted.bytes_per_token, wanted.largest_layer) == (4 * (32 + 48), 4 * 48)
 
 
@@ -147,13 +147,13 @@ def cramped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("cramped")
-def test_an_engine_refuses_rather_than_dies(tiny_model: LoadedModel) -> None:
+def test_an_engine_refuses_rather_than_dies(fresh_tiny_model: LoadedModel) -> None:
     # layers are replaced in place and twice is once too often: each engine gets weights of its own
     with pytest.raises(
         ModelError, match=r"--kv-cache-memory-gb 64\.00 is more than cpu can give: 0\.10 GiB are"
     ):
-        Engine(copied(tiny_model), EngineConfig(kv_cache_memory_gb=64, max_num_seqs=8))
-    with Engine(copied(tiny_model), EngineConfig(max_num_seqs=8, max_num_batched_tokens=128)) as engine:
+        Engine(copied(fresh_tiny_model), EngineConfig(kv_cache_memory_gb=64, max_num_seqs=8))
+    with Engine(copied(fresh_tiny_model), EngineConfig(max_num_seqs=8, max_num_batched_tokens=128)) as engine:
         assert engine.memory.demand.free_bytes == 100 * 1024**2
         assert engine.num_kv_tokens == engine.memory.num_tokens == 8 * (256 // 16 + 1) * 16
 
@@ -162,8 +162,8 @@ def copied(model: LoadedModel) -> LoadedModel:
     return dataclasses.replace(model, module=copy.deepcopy(model.module))
 
 
-def test_a_draft_models_cache_is_counted(tiny_model: LoadedModel) -> None:
+def test_a_draft_models_cache_is_counted(fresh_tiny_model: LoadedModel) -> None:
     config = EngineConfig(max_num_seqs=4, speculative="its own copy")
-    with Engine(copied(tiny_model), config, copied(tiny_model)) as engine:
+    with Engine(copied(fresh_tiny_model), config, copied(fresh_tiny_model)) as engine:
         per_layer = 1 * (16 + 16) * torch.float32.itemsize
         assert engine.memory.demand.bytes_per_token == 2 * 2 * per_layer

@@ -23,13 +23,15 @@ def an_engine(model: LoadedModel, config: EngineConfig = CONFIG, **changes: Any)
     return Engine(dataclasses.replace(model, module=copy.deepcopy(model.module), **changes), config)
 
 
-def test_a_description_is_what_is_there(tiny_model: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "cadenza.decoding.engine"), an_engine(tiny_model) as engine:
+def test_a_description_is_what_is_there(
+    fresh_tiny_model: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "cadenza.decoding.engine"), an_engine(fresh_tiny_model) as engine:
         found = engine.description
         cache = engine._core._runner._cache
         assert sum(part.nbytes for part in [*cache.keys, *cache.values]) == found.memory.num_bytes
     assert (found.device, found.dtype, found.quantization, found.offload) == ("cpu", "float32", "none", None)
-    assert found.weight_bytes == tiny_model.weight_bytes
+    assert found.weight_bytes == fresh_tiny_model.weight_bytes
     assert found.linear == {
         "oneDNN float32, packed": 2 * 4 + 1
     }  # query, key and value are one; gate and up, too
@@ -43,19 +45,19 @@ def test_a_description_is_what_is_there(tiny_model: LoadedModel, caplog: pytest.
     assert "\n" not in line
 
 
-def test_other_precisions_use_other_operators(tiny_model: LoadedModel) -> None:
-    module = copy.deepcopy(tiny_model.module).to(torch.bfloat16)
-    with an_engine(dataclasses.replace(tiny_model, module=module, dtype=torch.bfloat16)) as engine:
+def test_other_precisions_use_other_operators(fresh_tiny_model: LoadedModel) -> None:
+    module = copy.deepcopy(fresh_tiny_model.module).to(torch.bfloat16)
+    with an_engine(dataclasses.replace(fresh_tiny_model, module=module, dtype=torch.bfloat16)) as engine:
         is_packed = can_pack(torch.device("cpu"), torch.bfloat16)  # on CPUs that have the instructions
         expected = {"oneDNN bfloat16, packed": 2 * 4 + 1} if is_packed else {"torch bfloat16": 2 * 7 + 1}
         assert engine.description.linear == expected
 
 
-def test_plain_attention_is_told(tiny_model: LoadedModel) -> None:
+def test_plain_attention_is_told(fresh_tiny_model: LoadedModel) -> None:
     import transformers
 
     config = transformers.Gemma2Config(
-        vocab_size=tiny_model.config.vocab_size,
+        vocab_size=fresh_tiny_model.config.vocab_size,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -66,7 +68,7 @@ def test_plain_attention_is_told(tiny_model: LoadedModel) -> None:
     )
     torch.manual_seed(1)
     module = transformers.Gemma2ForCausalLM(config).eval().requires_grad_(False)
-    with an_engine(dataclasses.replace(tiny_model, module=module, config=config)) as engine:
+    with an_engine(dataclasses.replace(fresh_tiny_model, module=module, config=config)) as engine:
         assert engine.description.attention == "paged, plain matrix products"
 
 
@@ -90,14 +92,19 @@ def lines_of(engine: Engine, **changes: Any) -> dict[str, str]:
     return {line[:9].strip(): line[10:] for line in lines}
 
 
-def test_the_report_has_a_line_for_each_fact(tiny_model: LoadedModel) -> None:
+def test_the_report_has_a_line_for_each_fact(fresh_tiny_model: LoadedModel) -> None:
     config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=128, kv_cache_memory_gb=0.0001)
-    with an_engine(tiny_model, config) as engine:
+    with an_engine(fresh_tiny_model, config) as engine:
         lines = lines_of(engine)
         quantized = {
             "quantization": "int8",
             "full_precision_bytes": kept_bytes(
-                sized_module(type(tiny_model.module), copy.deepcopy(tiny_model.config), torch.float32, Int8())
+                sized_module(
+                    type(fresh_tiny_model.module),
+                    copy.deepcopy(fresh_tiny_model.config),
+                    torch.float32,
+                    Int8(),
+                )
             ),
             "offload": "on disk",
             "offloaded_bytes": 3 * 1024**2,
@@ -105,7 +112,7 @@ def test_the_report_has_a_line_for_each_fact(tiny_model: LoadedModel) -> None:
         }
         others = lines_of(engine, **quantized)
     tokens = int(0.0001 * 1024**3) // (2 * 32 * 4 * 16) * 16  # 2 layers of 16 keys and 16 values
-    assert lines["model"] == f"{tiny_model.name}: float32 on cpu"
+    assert lines["model"] == f"{fresh_tiny_model.name}: float32 on cpu"
     assert lines["context"] == f"256 tokens; KV cache for {tokens} tokens"
     assert lines["memory"].endswith("for the KV cache: --kv-cache-memory-gb")
     assert (

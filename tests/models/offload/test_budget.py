@@ -86,7 +86,7 @@ def test_what_does_not_fit_says_what_would_help(tiny_folder: Path, monkeypatch: 
 
 def test_sizes_are_told_in_units_that_fit() -> None:
     assert [size_text(size) for size in (10, 3 * 2**20, 12 * 2**20, 2**31)] == [
-        "0 KiB",
+        "10 bytes",
         "3.00 MiB",
         "12.0 MiB",
         "2.00 GiB",

@@ -87,7 +87,7 @@ def test_the_output_layer_waits_where_it_has_no_room() -> None:
     found = placed(FIXED + least)
     assert set(found.device_map.values()) == {"disk"}
     assert found.working_bytes == STEP + least
-    with pytest.raises(ModelError, match=r"it does not fit into .* KiB for weights that stay") as refusal:
+    with pytest.raises(ModelError, match=r"it does not fit into .* bytes for weights that stay") as refusal:
         placed(FIXED + least - 1)
     given, needed = (float(number) for number in re.findall(r"([\d.]+) KiB", str(refusal.value))[:2])
     assert (given, needed) == (round((FIXED + least - 1) / 1024), round((FIXED + least) / 1024))
