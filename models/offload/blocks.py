@@ -6,9 +6,10 @@ Knows nothing of budgets or devices.
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from cadenza.models.errors import ModelError
+from cadenza.models.sizing import num_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +69,3 @@ def _blocks(module: Any, apart: set[nn.Module]) -> list[Part]:
     lists = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
     name, longest = max(lists, key=lambda entry: len(entry[1]), default=("", nn.ModuleList()))
     return [Part(f"{name}.{number}", child) for number, child in enumerate(longest)]
-
-
-def num_bytes(module: nn.Module) -> int:
-    """Of all tensors below the module, tied ones once."""
-    seen: dict[int, Tensor] = {id(tensor): tensor for tensor in module.parameters()}
-    seen |= {id(tensor): tensor for tensor in module.buffers()}
-    return sum(tensor.nbytes for tensor in seen.values())

@@ -15,7 +15,7 @@ from cadenza.kernels.int8_linear import CHUNKED, INT_MM, LEVELS, ONEDNN, Product
 from cadenza.models.quantization.base import Method, QuantizedLinear
 from cadenza.models.quantization.rotation import restore_weight, rotate, rotate_weight
 
-_MOST_SUMMED = 2**16  # products of a uint8 and an int8 that 32 bits hold
+MOST_SUMMED = 2**16  # products of a uint8 and an int8 that 32 bits hold
 _AT_ONCE = 2**18  # elements that are quantized or dequantized together: they stay in a core's cache
 
 
@@ -71,7 +71,7 @@ class Int8(Method):
         return self
 
     def can_quantize(self, out_features: int, in_features: int) -> bool:
-        return in_features <= _MOST_SUMMED
+        return in_features <= MOST_SUMMED
 
     def quantize(self, weight: Tensor) -> Mapping[str, Tensor]:
         """As `quantize_channels`, of the rotated weight."""
@@ -83,7 +83,9 @@ class Int8(Method):
         return Int8Linear(in_features, out_features, has_bias=has_bias, dtype=dtype)
 
 
-class Int8Linear(QuantizedLinear):
+class ChannelwiseLinear(QuantizedLinear):
+    """Holds what `quantize_channels` gives, laid out for the product of this machine."""
+
     qweight: Tensor
     scale: Tensor
 
@@ -94,25 +96,28 @@ class Int8Linear(QuantizedLinear):
         )
         self.register_buffer("scale", torch.empty(out_features, dtype=torch.float32, device="meta"))
 
-    def dequantized(self, start: int = 0, stop: int | None = None) -> Tensor:
-        return restore_weight(self._rotated(start, stop))
-
-    def _rotated(self, start: int = 0, stop: int | None = None) -> Tensor:
+    def as_stored(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """[stop - start, in_features] float32: rows of the matrix that was quantized, rotated or not."""
         return self.qweight[start:stop].float() * self.scale[start:stop, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.is_prepared:
-            return self.apply_prepared(x)
-        rotated, step = rotate(x), max(1, _AT_ONCE // self.in_features)  # cheaper than to restore the weight
-        starts = range(0, self.out_features, step)
-        y = torch.cat([F.linear(rotated, self._rotated(at, at + step)) for at in starts], dim=-1)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def lay_out(self) -> None:
         self._product = product_for(self.qweight.device)
         self._laid_out = self._product.lay_out(self.qweight)
         self._factor = self.scale / LEVELS
         del self.qweight, self.scale
+
+
+class Int8Linear(ChannelwiseLinear):
+    def dequantized(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return restore_weight(self.as_stored(start, stop))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_prepared:
+            return self.apply_prepared(x)
+        rotated, step = rotate(x), max(1, _AT_ONCE // self.in_features)  # cheaper than to restore the weight
+        starts = range(0, self.out_features, step)
+        y = torch.cat([F.linear(rotated, self.as_stored(at, at + step)) for at in starts], dim=-1)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def apply_prepared(self, x: Tensor) -> Tensor:
         y = int8_linear(rotate(x), self._laid_out, self._factor, self.bias, self._product)

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from cadenza.kernels.int8_linear import LEVELS, int8_linear, quantize_rows
 from cadenza.models.quantization.base import Method, QuantizedLinear
-from cadenza.models.quantization.int8 import Int8, product_for
+from cadenza.models.quantization.int8 import MOST_SUMMED, ChannelwiseLinear, Int8, quantize_channels
 
 THRESHOLD = 6.0
-_MOST_SUMMED = 2**16  # products of a uint8 and an int8 that 32 bits hold
 
 
 class LLMInt8(Method):
@@ -30,14 +29,11 @@ class LLMInt8(Method):
         return Int8()
 
     def can_quantize(self, out_features: int, in_features: int) -> bool:
-        return in_features <= _MOST_SUMMED
+        return in_features <= MOST_SUMMED
 
     def quantize(self, weight: Tensor) -> Mapping[str, Tensor]:
         """qweight [out, in] int8, scale [out] float32: what 1 stands for."""
-        weight = weight.float()
-        scale = weight.abs().amax(1) / LEVELS
-        quotient = weight / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-        return {"qweight": quotient.round_().clamp_(-LEVELS, LEVELS).to(torch.int8), "scale": scale}
+        return quantize_channels(weight)
 
     def layer(
         self, in_features: int, out_features: int, *, has_bias: bool, dtype: torch.dtype
@@ -45,24 +41,9 @@ class LLMInt8(Method):
         return LLMInt8Linear(in_features, out_features, has_bias=has_bias, dtype=dtype)
 
 
-class LLMInt8Linear(QuantizedLinear):
-    qweight: Tensor
-    scale: Tensor
-
-    def __init__(self, in_features: int, out_features: int, *, has_bias: bool, dtype: torch.dtype) -> None:
-        super().__init__(in_features, out_features, has_bias=has_bias, dtype=dtype)
-        qweight = torch.empty(out_features, in_features, dtype=torch.int8, device="meta")
-        self.register_buffer("qweight", qweight)
-        self.register_buffer("scale", torch.empty(out_features, dtype=torch.float32, device="meta"))
-
+class LLMInt8Linear(ChannelwiseLinear):
     def dequantized(self, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.qweight[start:stop].float() * self.scale[start:stop, None]
-
-    def lay_out(self) -> None:
-        self._product = product_for(self.qweight.device)
-        self._laid_out = self._product.lay_out(self.qweight)
-        self._factor = self.scale / LEVELS
-        del self.qweight, self.scale
+        return self.as_stored(start, stop)
 
     def apply_prepared(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).float()
