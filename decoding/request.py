@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from cadenza.decoding.adapters.set import AdapterSet
     from cadenza.decoding.constraints.constraint import Constraint
     from cadenza.decoding.strategies.spec import StrategySpec
 
@@ -201,6 +202,9 @@ class GenerationRequest:
     """None: greedy decoding or sampling of `sampling.n` choices."""
     explain: bool = False
     """Say of every token how it came about."""
+    adapters: "AdapterSet | None" = None
+    """What the engine's `adapters` have given for the names in the request. The engine holds it until the request is
+    over; whoever submits releases its own hold."""
     cache_salt: str = ""
     """Prefix-cache entries are only shared between requests of equal salt."""
     priority: int = 0

@@ -1,0 +1,96 @@
+"""What adapters may change in a model: its modules by name, with their shapes, before any layer is replaced."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from cadenza.models.quantization.base import QuantizedLinear
+from cadenza.models.quantization.embedding import QuantizedEmbedding
+from cadenza.models.quantization.experts import ExpertStack
+
+Kind = Literal["linear", "embedding", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One module that has weights of its own."""
+
+    kind: Kind
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of its parameters by name, as the model was trained: "weight" [out_features, in_features] of linear layers
+    ([in_features, out_features] where `is_transposed`), [tokens, embedding_dim] of embeddings."""
+    is_transposed: bool = False
+    """GPT-2's `Conv1D`, whose weight lies the other way round in checkpoints."""
+    is_everywhere: bool = True
+    """Linear layers: it is given every token of the sequence, in order, once per forward pass. Only such a layer can
+    be told whose token each row is."""
+
+    @property
+    def in_features(self) -> int:
+        return self.shapes["weight"][0 if self.is_transposed else 1]
+
+    @property
+    def out_features(self) -> int:
+        return self.shapes["weight"][1 if self.is_transposed else 0]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    sites: Mapping[str, Site]
+    """By the module's name in the model."""
+    input_embedding: str
+    output_embedding: str | None
+    is_tied: bool
+    """The output layer's weight is the input embedding's."""
+    vocab_size: int
+    """Rows of the input embedding, which may be more than there are tokens."""
+
+
+def layout_of(module: Any, elsewhere: Collection[str] = ()) -> Layout:
+    """Of a transformers model whose layers are not packed yet. elsewhere: linear layers that are not given every token
+    in order."""
+    inside = {
+        id(layer) for part in module.modules() if isinstance(part, ExpertStack) for layer in part.modules()
+    }
+    sites = {
+        name: _site(part, name in elsewhere)
+        for name, part in module.named_modules()
+        if id(part) not in inside and _has_weights(part)
+    }
+    names = {part: name for name, part in module.named_modules()}
+    head = module.get_output_embeddings()
+    embedding = names[module.get_input_embeddings()]
+    return Layout(
+        sites,
+        embedding,
+        None if head is None else names[head],
+        bool(getattr(module.config, "tie_word_embeddings", False)),
+        sites[embedding].shapes["weight"][0],
+    )
+
+
+def _has_weights(part: nn.Module) -> bool:
+    is_quantized = isinstance(part, QuantizedLinear | QuantizedEmbedding) or bool(_stacks(part))
+    return is_quantized or any(True for _ in part.parameters(recurse=False))
+
+
+def _stacks(part: nn.Module) -> dict[str, ExpertStack]:
+    """Quantized experts, each in place of a parameter."""
+    return {name: child for name, child in part.named_children() if isinstance(child, ExpertStack)}
+
+
+def _site(part: nn.Module, is_elsewhere: bool) -> Site:
+    shapes = {name: tuple(parameter.shape) for name, parameter in part.named_parameters(recurse=False)}
+    if isinstance(part, QuantizedLinear | QuantizedEmbedding):
+        shapes["weight"] = tuple(part.weight.shape)
+    for name, stack in _stacks(part).items():
+        first = stack.experts[0]
+        assert isinstance(first, QuantizedLinear)
+        shapes[name] = (len(stack.experts), first.out_features, first.in_features)
+    if isinstance(part, nn.Linear | Conv1D | QuantizedLinear):
+        return Site("linear", shapes, isinstance(part, Conv1D), not is_elsewhere)
+    is_embedding = isinstance(part, nn.Embedding | QuantizedEmbedding)
+    return Site("embedding" if is_embedding else "other", shapes)
