@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from cadenza.decoding.adapters.module import LoraModule, first_duplicate
 from cadenza.decoding.attention import TILE
 from cadenza.decoding.kv_cache import LayerShape
 from cadenza.decoding.logits import LogprobsMode
@@ -46,6 +47,17 @@ class EngineConfig:
     before; otherwise a smaller model of the same vocabulary, named as the model is."""
     num_speculative_tokens: int = 8
     """At most so many drafts for one branch in a step."""
+    enable_lora: bool = False
+    """Requests may name adapters."""
+    max_loras: int = 8
+    """Different adapters that one step computes with; requests for more wait."""
+    max_lora_rank: int = 16
+    """Adapters of a higher rank are refused."""
+    max_cpu_loras: int | None = None
+    """Adapters in host memory, those on the device included; others are read again from their files when they are
+    asked for. None: twice `max_loras`, and no fewer than there are from the start."""
+    lora_modules: tuple[LoraModule, ...] = ()
+    """The adapters that are there from the start."""
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -65,6 +77,28 @@ class EngineConfig:
             raise ModelError(f"max_queue must be at least 1, got {self.max_queue}")
         if self.num_speculative_tokens < 1:
             raise ModelError(f"num_speculative_tokens must be at least 1, got {self.num_speculative_tokens}")
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        for name in ("max_loras", "max_lora_rank"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ModelError(
+                f"max_cpu_loras must be at least max_loras ({self.max_loras}), got {self.max_cpu_loras}"
+            )
+        if self.lora_modules and not self.enable_lora:
+            raise ModelError("lora_modules needs enable_lora")
+        twice = first_duplicate(module.name for module in self.lora_modules)
+        if twice is not None:
+            raise ModelError(f"lora_modules names {twice} twice")
+
+    @property
+    def adapters_in_memory(self) -> int:
+        """The bound on adapters in host memory."""
+        if self.max_cpu_loras is not None:
+            return self.max_cpu_loras
+        return max(2 * self.max_loras, len(self.lora_modules))
 
     @property
     def draft_source(self) -> str | None:

@@ -3,9 +3,13 @@ the loader's own configuration, so that no default is written twice.
 """
 
 import argparse
+import json
 from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from cadenza.decoding.adapters.module import LoraModule
+from cadenza.models.errors import ModelError
 
 if TYPE_CHECKING:
     from cadenza.decoding import EngineConfig
@@ -92,6 +96,48 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         help="who drafts tokens for the model to check several at once: earlier text, or a smaller model",
     )
     add("--num-speculative-tokens", type=int, help="most drafts per sequence and step")
+    _add_adapters(parser)
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("adapters")
+    add = partial(group.add_argument, default=argparse.SUPPRESS)
+    add("--enable-lora", action="store_true", help="requests may name adapters")
+    add(
+        "--lora-modules",
+        nargs="+",
+        action="extend",
+        type=_lora_module,
+        metavar="NAME=PATH",
+        help='adapters to start with: a folder or a Hugging Face id, or {"name", "path", "base_model_name"} as JSON;'
+        " implies --enable-lora",
+    )
+    add("--max-loras", type=int, help="different adapters in one step (default: 8)")
+    add("--max-lora-rank", type=int, help="adapters of a higher rank are refused (default: 16)")
+    add("--max-cpu-loras", type=int, help="adapters in memory (default: twice --max-loras)")
+
+
+def _lora_module(text: str) -> LoraModule:
+    try:
+        return LoraModule(**_named(text))
+    except ModelError as error:
+        raise argparse.ArgumentTypeError(f"{error}, in {text}") from None
+
+
+def _named(text: str) -> dict[str, str]:
+    if not text.startswith("{"):
+        name, _, path = text.partition("=")
+        return {"name": name, "path": path}
+    try:
+        named = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not valid JSON ({error}): {text}") from None
+    known = {field.name for field in fields(LoraModule)}
+    if not {"name", "path"} <= named.keys() <= known or not all(isinstance(n, str) for n in named.values()):
+        raise argparse.ArgumentTypeError(
+            f'takes "name", "path" and "base_model_name", all of them text: {text}'
+        )
+    return dict(named)
 
 
 def _given(args: argparse.Namespace, config: type) -> dict[str, Any]:
@@ -105,6 +151,29 @@ def load_config(args: argparse.Namespace) -> "LoadConfig":
 
 
 def engine_config(args: argparse.Namespace) -> "EngineConfig":
+    """Raises ModelError where flags contradict."""
     from cadenza.decoding import EngineConfig
 
-    return EngineConfig(**_given(args, EngineConfig))
+    given = _given(args, EngineConfig)
+    if "lora_modules" in given:
+        given.update(lora_modules=tuple(given["lora_modules"]), enable_lora=True)
+    check_adapter_flags(args)
+    return EngineConfig(**given)
+
+
+def check_adapter_flags(args: argparse.Namespace) -> None:
+    """Flags of adapters are of no use where requests cannot name any: told, rather than ignored."""
+    if hasattr(args, "enable_lora") or hasattr(args, "lora_modules"):
+        return
+    for name in _ADAPTER_FLAGS:
+        if hasattr(args, name):
+            raise ModelError(f"--{name.replace('_', '-')} needs --enable-lora, or --lora-modules")
+
+
+_ADAPTER_FLAGS = (
+    "max_loras",
+    "max_lora_rank",
+    "max_cpu_loras",
+    "lora_allowed_roots",
+    "lora_allowed_hub_ids",
+)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cadenza.decoding import EngineConfig
-from cadenza.models import LoadConfig
+from cadenza.decoding.adapters.module import LoraModule
+from cadenza.models import LoadConfig, ModelError
 from cadenza.server.cli import build_parser
 from cadenza.server.commands.options import engine_config, load_config
 from cadenza.server.commands.serve import server_settings
@@ -39,6 +40,11 @@ ENGINE: dict[str, tuple[list[str], Any]] = {
     "seed": (["--seed", "1"], 1),
     "speculative": (["--speculative", "ngram"], "ngram"),
     "num_speculative_tokens": (["--num-speculative-tokens", "3"], 3),
+    "enable_lora": (["--enable-lora"], True),
+    "lora_modules": (["--lora-modules", "a=x"], (LoraModule("a", "x"),)),
+    "max_loras": (["--enable-lora", "--max-loras", "3"], 3),
+    "max_lora_rank": (["--enable-lora", "--max-lora-rank", "64"], 64),
+    "max_cpu_loras": (["--enable-lora", "--max-cpu-loras", "99"], 99),
 }
 
 
@@ -72,7 +78,10 @@ def test_loading(name: str) -> None:
 @pytest.mark.parametrize("name", ENGINE)
 def test_engine(name: str) -> None:
     flags, value = ENGINE[name]
-    assert engine_config(serve(*flags)) == EngineConfig(**{name: value}) != EngineConfig()
+    beside = {"enable_lora": True} if "lora" in name else {}
+    config = engine_config(serve(*flags))
+    assert config == EngineConfig(**{**beside, name: value})
+    assert getattr(config, name) != getattr(EngineConfig(), name)
 
 
 def test_names_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,3 +92,70 @@ def test_names_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.served_model_names == ("x", "y")
     monkeypatch.delenv("CADENZA_API_KEY")
     assert server_settings(serve()).api_keys == ()
+
+
+@pytest.mark.parametrize(
+    ("texts", "modules"),
+    [
+        (["a=x", "b/c=./y=z"], [LoraModule("a", "x"), LoraModule("b/c", "./y=z")]),
+        (['{"name": "a", "path": "x"}'], [LoraModule("a", "x")]),
+        (['{"name": "a", "path": "x", "base_model_name": "m"}'], [LoraModule("a", "x", "m")]),
+    ],
+)
+def test_adapters_to_start_with(texts: list[str], modules: list[LoraModule]) -> None:
+    assert engine_config(serve("--lora-modules", *texts)).lora_modules == tuple(modules)
+    again = [word for text in texts for word in ("--lora-modules", text)]
+    assert engine_config(serve(*again)).lora_modules == tuple(modules), "repeated flags add up"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a", "empty path"),
+        ("=x", "must not be empty"),
+        ("a:b=x", "colons"),
+        ("a b=x", "spaces"),
+        ("a,b=x", "commas"),
+        ("a" * 256 + "=x", "255"),
+        ("{", "JSON"),
+        ('{"name": "a"}', '"path"'),
+        ('{"name": "a", "path": 1}', "text"),
+        ('{"name": "a", "path": "x", "scale": "1"}', "base_model_name"),
+    ],
+)
+def test_adapters_that_are_no_adapters(text: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        serve("--lora-modules", text)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "--lora-modules" in last
+    assert words in last
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--max-loras", "2"), ("--max-lora-rank", "8"), ("--max-cpu-loras", "9")],
+)
+def test_flags_of_adapters_need_adapters(flags: tuple[str, str]) -> None:
+    with pytest.raises(ModelError, match=f"^{flags[0]} needs --enable-lora"):
+        engine_config(serve(*flags))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_loras": 0}, "max_loras must be at least 1, got 0"),
+        ({"max_lora_rank": 0}, "max_lora_rank must be at least 1, got 0"),
+        ({"max_loras": 9, "max_cpu_loras": 8}, "max_cpu_loras must be at least max_loras .9., got 8"),
+        ({"lora_modules": (LoraModule("a", "x"), LoraModule("a", "y"))}, "lora_modules names a twice"),
+    ],
+)
+def test_bounds_of_adapters(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        EngineConfig(enable_lora=True, **settings)
+
+
+def test_more_adapters_than_slots_are_kept_in_memory() -> None:
+    modules = tuple(LoraModule(f"a{number}", "x") for number in range(20))
+    assert EngineConfig(enable_lora=True).adapters_in_memory == 16
+    assert EngineConfig(enable_lora=True, lora_modules=modules).adapters_in_memory == 20
+    assert EngineConfig(enable_lora=True, lora_modules=modules, max_cpu_loras=8).adapters_in_memory == 8
