@@ -6,6 +6,7 @@ A request that passes can be served to its end; one that cannot is a `RequestErr
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from cadenza.decoding.adapters.set import AdapterSet
 from cadenza.decoding.block_pool import prefix_root
 from cadenza.decoding.branch import Branch
 from cadenza.decoding.config import EngineConfig
@@ -36,8 +37,13 @@ def admit(
     stream: RequestStream,
 ) -> Generation:
     """Raises RequestError."""
-    params, tokenizer = request.sampling, model.tokenizer
-    vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
+    params, adapters = request.sampling, request.adapters
+    num_tokens = tokenizer = None
+    if adapters is not None:
+        _check_adapters(adapters, config)
+        num_tokens, tokenizer = adapters.num_tokens, adapters.tokenizer
+    tokenizer = tokenizer or model.tokenizer
+    vocab_size = num_tokens or min(model.tokenizer.vocab_size, model.config.vocab_size)
     _check_ids("prompt", request.prompt_token_ids, vocab_size)
     _check_ids("logit_bias", params.logit_bias, vocab_size)
     _check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
@@ -61,7 +67,8 @@ def admit(
             IncrementalDetokenizer(tokenizer, request.prompt_token_ids, params.skip_special_tokens),
             StopStringFilter(params.stop, params.include_stop_str_in_output),
         ),
-        cache_root=prefix_root(cache_salt=request.cache_salt),
+        cache_root=prefix_root("" if adapters is None else adapters.key, request.cache_salt),
+        adapters=adapters,
         reads_cache=params.prompt_logprobs is None and not strategy.needs.hidden,
         matcher=None if request.constraint is None else request.constraint.matcher(),
     )
@@ -75,7 +82,19 @@ def admit(
         eos_token_ids=frozenset(model.eos_token_ids),
         bad_words=_bad_words(tokenizer, params),
         dry=_dry(tokenizer, params),
+        num_tokens=num_tokens,
     )
+
+
+def _check_adapters(adapters: AdapterSet, config: EngineConfig) -> None:
+    if not config.enable_lora:
+        raise RequestError("this engine takes no adapters: it was not started with enable_lora", "lora")
+    if len(adapters.terms) > config.max_loras:
+        raise RequestError(
+            f"the request combines {len(adapters.terms)} adapters, but there is room for {config.max_loras}"
+            " on the device (max_loras)",
+            "lora",
+        )
 
 
 def _check_ids(param: str, ids: Iterable[int], vocab_size: int) -> None:

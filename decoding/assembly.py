@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 
 from cadenza.decoding import probe
+from cadenza.decoding.adapters.runtime import AdapterRuntime
 from cadenza.decoding.bitmask import BitmaskFiller
 from cadenza.decoding.block_pool import BlockPool
 from cadenza.decoding.config import NGRAM, EngineConfig, demand
@@ -12,7 +13,7 @@ from cadenza.decoding.description import EngineDescription, describe
 from cadenza.decoding.kv_cache import KVCache, LayerShape
 from cadenza.decoding.logits import LogitsPipeline
 from cadenza.decoding.memory_plan import MemoryPlan, plan_memory
-from cadenza.decoding.runner import ModelRunner
+from cadenza.decoding.runner import ModelRunner, selects_logits
 from cadenza.decoding.scheduler import Scheduler
 from cadenza.decoding.speculation.base import Drafter
 from cadenza.decoding.speculation.draft_model import DraftModelDrafter
@@ -20,6 +21,7 @@ from cadenza.decoding.speculation.ngram import NgramDrafter
 from cadenza.decoding.speculation.sharing import CPU_COST, GPU_COST
 from cadenza.decoding.speculation.speculator import Speculator
 from cadenza.models import LoadedModel, ModelError
+from cadenza.models.adapters.layout import layout_of
 from cadenza.models.allocator import large_blocks_apart
 from cadenza.models.memory import available_bytes
 from cadenza.models.packing import can_pack, pack, watch_siblings
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Assembly:
     core: EngineCore
+    adapters: AdapterRuntime | None
     memory: MemoryPlan
     description: EngineDescription
 
@@ -42,7 +45,19 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
         _check_vocabulary(model, draft)
         relative_size = draft.num_parameters / model.num_parameters
     kept = {} if model.quantization == "none" else kept_bytes(model.module)
+    layout = layout_of(model.module) if config.enable_lora else None
     shapes = _replace_layers(model, config.block_size)
+    adapters = None
+    if layout is not None:
+        adapters = AdapterRuntime(
+            model.module,
+            layout,
+            model.dtype,
+            model.device,
+            num_slots=config.max_loras,
+            max_rank=config.max_lora_rank,
+            selects_logits=selects_logits(model.module),
+        )
     draft_shapes = [] if draft is None else _replace_layers(draft, config.block_size)
     memory = plan_memory(
         demand(
@@ -57,9 +72,14 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
     cache = KVCache(shapes, num_blocks, config.block_size, model.dtype, model.device)
     pool = BlockPool(num_blocks, config.block_size)
     scheduler = Scheduler(
-        pool, config.max_num_seqs, config.tokens_per_step(model.device), config.enable_prefix_caching
+        pool,
+        config.max_num_seqs,
+        config.tokens_per_step(model.device),
+        config.enable_prefix_caching,
+        None if adapters is None else adapters.slots,
     )
-    pipeline = LogitsPipeline(model.tokenizer.vocab_size, config.logprobs_mode)
+    num_columns = None if adapters is None else int(model.config.vocab_size)
+    pipeline = LogitsPipeline(model.tokenizer.vocab_size, config.logprobs_mode, num_columns)
     drafter: Drafter | None = NgramDrafter() if config.speculative == NGRAM else None
     step_cost = CPU_COST if model.device.type == "cpu" else GPU_COST
     if draft is not None:
@@ -75,14 +95,14 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
     core = EngineCore(
         pool,
         scheduler,
-        ModelRunner(model.module, cache, model.device),
+        ModelRunner(model.module, cache, model.device, adapters),
         pipeline,
         BitmaskFiller(_vocab_size(model)),
         Speculator(scheduler, drafter, config.num_speculative_tokens, step_cost),
     )
     if memory.max_model_len < model.max_model_len:
         log.warning("sequences are limited to %d tokens by %s", memory.max_model_len, memory.context_reason)
-    return Assembly(core, memory, describe(model, config, memory, kept))
+    return Assembly(core, adapters, memory, describe(model, config, memory, kept))
 
 
 def _vocab_size(model: LoadedModel) -> int:

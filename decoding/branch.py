@@ -12,6 +12,7 @@ from cadenza.decoding.detokenizer import TextStream
 from cadenza.decoding.request import Delta, FinishReason
 
 if TYPE_CHECKING:
+    from cadenza.decoding.adapters.set import AdapterSet
     from cadenza.decoding.constraints.matcher import Matcher
 
 
@@ -27,6 +28,10 @@ class Branch:
     text: TextStream
     cache_root: bytes
     """What the prompt's block hashes start from: adapter and cache salt."""
+    adapters: "AdapterSet | None" = None
+    """What it is computed with."""
+    num_overtaken: int = 0
+    """Branches that were let in while it waited for its adapters' turn."""
     reads_cache: bool = True
     """False where every prompt token must be computed, for its log-probabilities."""
     num_computed: int = 0

@@ -88,6 +88,12 @@ class EngineCore:
 
     def _step(self) -> None:
         step = self.scheduler.schedule()
+        for branch, error in self.scheduler.take_failed():
+            if branch in self._generations:  # another branch of the request may have failed before
+                self.fail(self._generations[branch], RequestFailed(f"an adapter could not be used: {error}"))
+        step.spans = [span for span in step.spans if span.branch in self._generations]
+        if not step.spans:
+            return
         try:
             self._speculator.draft(step, self._generations)
             filling = self._masks.start(self._constrained(step), step.drafts)
@@ -148,6 +154,7 @@ class EngineCore:
             targets = span.branch.token_ids[span.start + 1 + num_known : span.start + count + 1]
             if targets:
                 logits = output.logits[first + num_known : first + num_known + len(targets)]
+                logits = self._pipeline.columns(logits, generation.num_tokens)
                 wanted = [generation.request.sampling.prompt_logprobs or 0] * len(targets)
                 tokens = torch.tensor(targets, device=logits.device)
                 generation.prompt_logprobs += token_logprobs(logits, tokens, wanted)

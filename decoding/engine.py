@@ -9,11 +9,19 @@ import logging
 import secrets
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
+from cadenza.decoding.adapters.library import AdapterLibrary
+from cadenza.decoding.adapters.runtime import AdapterRuntime
+from cadenza.decoding.adapters.set import AdapterSet
+from cadenza.decoding.adapters.weights import EngineWeights
 from cadenza.decoding.admission import admit
 from cadenza.decoding.assembly import Assembly, assemble
 from cadenza.decoding.completion import Completion, Prompt, collect, prompt_token_ids
@@ -29,13 +37,20 @@ from cadenza.decoding.request import (
     EngineClosed,
     GenerationRequest,
     QueueFull,
+    RequestError,
     SamplingParams,
 )
 from cadenza.decoding.strategies.spec import StrategySpec, is_search, search_defaults
 from cadenza.decoding.stream import RequestStream
 from cadenza.models import LoadConfig, LoadedModel, Tokenizer, load_model
+from cadenza.models.adapters.adapter import Adapter
+from cadenza.models.adapters.read import read_adapter
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Adapters = str | Mapping[str, float] | None
+"""An adapter's name, or the scales of several by their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +91,7 @@ class Engine:
         self.config = config
         self._changed = threading.Condition()
         self._inbox: list[Generation] = []
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._aborted: list[Generation] = []
         self._active: dict[RequestStream, Generation] = {}
         self._num_submitted = 0
@@ -95,6 +111,10 @@ class Engine:
         self.num_kv_tokens, self.max_model_len = self.memory.num_tokens, self.memory.max_model_len
         self.description = assembly.description
         """Precision, memory, operators: what a start-up report tells."""
+        self.adapters: AdapterLibrary | None = None
+        """What requests may name; None: the engine takes no adapters."""
+        if assembly.adapters is not None:
+            self.adapters = self._library(assembly.adapters)
         log.info("engine ready: %s", self.description)
 
     @classmethod
@@ -135,14 +155,19 @@ class Engine:
             stream=stream,
         )
         with self._changed:
-            if self._closed is not None:
-                raise EngineClosed(str(self._closed)) from self._closed
+            self._require_open()
             if len(self._inbox) + self._num_waiting() >= self.config.max_queue:
                 raise QueueFull(f"{self.config.max_queue} requests are waiting already; try again later")
+            if request.adapters is not None:
+                request.adapters.hold()
             self._active[stream] = generation
             self._inbox.append(generation)
             self._changed.notify_all()
         return stream
+
+    def _require_open(self) -> None:
+        if self._closed is not None:
+            raise EngineClosed(str(self._closed)) from self._closed
 
     def _seed(self, sampling: SamplingParams, number: int) -> int:
         if sampling.seed is not None:
@@ -162,6 +187,7 @@ class Engine:
         *,
         constraint: Any = None,
         strategy: StrategySpec | None = None,
+        adapter: Adapters = None,
         explain: bool = False,
         **sampling: Any,
     ) -> Completion:
@@ -169,10 +195,11 @@ class Engine:
 
         constraint: what the answer must be: a ConstraintSpec, one of outlines' types, a pydantic model, a Python
         type, or a JSON schema as a dict. Raises ConstraintError where that cannot be enforced.
-        strategy: BeamSearch, ContrastiveSearch, BestOf or SelfConsistency. explain: say of every token why it came.
+        strategy: BeamSearch, ContrastiveSearch, BestOf or SelfConsistency. adapter: a name among `adapters`, or names
+        with their scales. explain: say of every token why it came.
         """
         return self.generate_batch(
-            [prompt], constraint=constraint, strategy=strategy, explain=explain, **sampling
+            [prompt], constraint=constraint, strategy=strategy, adapter=adapter, explain=explain, **sampling
         )[0]
 
     def generate_batch(
@@ -181,21 +208,29 @@ class Engine:
         *,
         constraint: Any = None,
         strategy: StrategySpec | None = None,
+        adapter: Adapters = None,
         explain: bool = False,
         **sampling: Any,
     ) -> list[Completion]:
         """The answers to several prompts, computed together."""
-        shared = self._shared(sampling, constraint, strategy, explain=explain)
-        streams = [self.submit(self._request(prompt, shared)) for prompt in prompts]
+        with self._acquired(adapter) as adapters:
+            shared = self._shared(sampling, constraint, strategy, adapters, explain=explain)
+            streams = [self.submit(self._request(prompt, shared)) for prompt in prompts]
         return [collect(stream, shared["sampling"].n) for stream in streams]
 
     def stream(
-        self, prompt: Prompt, *, constraint: Any = None, strategy: StrategySpec | None = None, **sampling: Any
+        self,
+        prompt: Prompt,
+        *,
+        constraint: Any = None,
+        strategy: StrategySpec | None = None,
+        adapter: Adapters = None,
+        **sampling: Any,
     ) -> Iterator[str]:
         """The text of the answer, piece by piece. Leaving the loop early stops the request."""
-        stream = self.submit(
-            self._request(prompt, self._shared({**sampling, "n": 1}, constraint, strategy, explain=False))
-        )
+        with self._acquired(adapter) as adapters:
+            shared = self._shared({**sampling, "n": 1}, constraint, strategy, adapters, explain=False)
+            stream = self.submit(self._request(prompt, shared))
         try:
             for event in stream:
                 if isinstance(event, Delta) and event.text:
@@ -203,8 +238,29 @@ class Engine:
         finally:
             stream.abort()
 
+    @contextmanager
+    def _acquired(self, adapter: Adapters) -> Iterator[AdapterSet | None]:
+        """The adapters of these names, for as long as the block lasts."""
+        if not adapter:
+            yield None
+            return
+        if self.adapters is None:
+            raise RequestError("this engine takes no adapters: enable_lora is off", "lora")
+        terms = [(adapter, 1.0)] if isinstance(adapter, str) else list(adapter.items())
+        adapters = self.adapters.acquire(terms).result()
+        try:
+            yield adapters
+        finally:
+            adapters.release()
+
     def _shared(
-        self, sampling: dict[str, Any], constraint: Any, strategy: StrategySpec | None, *, explain: bool
+        self,
+        sampling: dict[str, Any],
+        constraint: Any,
+        strategy: StrategySpec | None,
+        adapters: AdapterSet | None,
+        *,
+        explain: bool,
     ) -> dict[str, Any]:
         """The fields that the requests of one call have in common."""
         defaults = self.model.sampling_defaults
@@ -214,6 +270,7 @@ class Engine:
             "sampling": SamplingParams(**{**defaults, **sampling}),
             "constraint": self._constraint(constraint),
             "strategy": strategy,
+            "adapters": adapters,
             "explain": explain,
         }
 
@@ -232,11 +289,42 @@ class Engine:
         return plain, plain if with_added.fingerprint == plain.fingerprint else with_added
 
     def _request(self, prompt: Prompt, shared: dict[str, Any]) -> GenerationRequest:
+        adapters: AdapterSet | None = shared["adapters"]
+        own = None if adapters is None else adapters.tokenizer
         return GenerationRequest(
             request_id=uuid.uuid4().hex,
-            prompt_token_ids=prompt_token_ids(self.tokenizer, prompt),
+            prompt_token_ids=prompt_token_ids(own or self.tokenizer, prompt),
             **shared,
         )
+
+    # adapters
+
+    def _library(self, runtime: AdapterRuntime) -> AdapterLibrary:
+        weights = EngineWeights(runtime.weights, runtime.layout, self._call)
+
+        def read(path: str) -> Adapter:
+            return read_adapter(
+                Path(path),
+                runtime.layout,
+                weights,
+                self.tokenizer,
+                max_rank=self.config.max_lora_rank,
+                fingerprint=self.model.fingerprint,
+            )
+
+        def warm(adapter: Adapter) -> None:
+            self._call(partial(runtime.warm, adapter)).result()
+
+        return AdapterLibrary(read, max_in_memory=self.config.adapters_in_memory, warm=warm)
+
+    def _call(self, function: Callable[[], Result]) -> "Future[Result]":
+        """Run it on the engine's thread, between two steps."""
+        future: Future[Result] = Future()
+        with self._changed:
+            self._require_open()
+            self._calls.append((function, future))
+            self._changed.notify_all()
+        return future
 
     # state
 
@@ -274,6 +362,8 @@ class Engine:
             self._stop_now = True
             self._changed.notify_all()
         self._thread.join()
+        if self.adapters is not None:
+            self.adapters.close()
         self.constraints.close()
 
     def __enter__(self) -> "Engine":
@@ -311,29 +401,57 @@ class Engine:
     def _take_messages(self, core: EngineCore) -> bool:
         """Wait for work, take what has come in; False: it is time to stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stop_now or self._inbox or self._aborted or core.has_work)
+            self._changed.wait_for(
+                lambda: self._stop_now or self._inbox or self._aborted or self._calls or core.has_work
+            )
             arrived, self._inbox = self._inbox, []
             aborted, self._aborted = self._aborted, []
             if self._stop_now:
                 return False
             for generation in arrived:
                 core.add(generation)
+            call = self._calls.popleft() if self._calls else None
         for generation in aborted:
             core.remove(generation)
+            _release(generation)
+        if call is not None:  # one at a time, so that nobody's tokens wait for all of them
+            _answer(*call)
         return True
 
     def _forget_finished(self) -> None:
         with self._changed:
-            for stream in [stream for stream in self._active if stream.is_closed]:
-                del self._active[stream]
+            finished = [self._active.pop(stream) for stream in list(self._active) if stream.is_closed]
             self._changed.notify_all()
+        for generation in finished:
+            _release(generation)
 
     def _end(self, core: EngineCore, reason: Exception) -> None:
         with self._changed:
             self._closed = reason
-            streams = list(self._active)
-            self._active.clear()
+            active, aborted, calls = dict(self._active), self._aborted, list(self._calls)
+            self._aborted = []
+            for waiting in (self._active, self._calls):
+                waiting.clear()
             self._changed.notify_all()
         core.fail_all(reason)
-        for stream in streams:
+        for stream in active:
             stream.close(reason)
+        for generation in (*active.values(), *aborted):
+            _release(generation)
+        for _, future in calls:
+            future.set_exception(reason)
+
+
+def _release(generation: Generation) -> None:
+    """The request is over."""
+    if generation.request.adapters is not None:
+        generation.request.adapters.release()
+
+
+def _answer(function: Callable[[], Any], future: "Future[Any]") -> None:
+    try:
+        value = function()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(value)

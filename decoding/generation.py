@@ -45,6 +45,8 @@ class Generation:
     eos_token_ids: frozenset[int]
     bad_words: Sequence[Sequence[int]]
     dry: Dry | None = None
+    num_tokens: int | None = None
+    """The size of the vocabulary, where an adapter adds tokens to the model's."""
     num_generated: int = 0
     """Tokens of all branches there ever were."""
     is_begun: bool = False
@@ -122,6 +124,7 @@ class Generation:
             candidates=needs.candidates,
             explain=self.request.explain,
             dry=self.dry,
+            num_tokens=self.num_tokens,
             mirostat_mu=branch.mirostat_mu,
         )
 

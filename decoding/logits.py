@@ -22,18 +22,31 @@ LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 
 
 class LogitsPipeline:
-    def __init__(self, vocab_size: int, logprobs_mode: LogprobsMode) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, vocab_size: int, logprobs_mode: LogprobsMode, num_columns: int | None = None) -> None:
+        """num_columns: of the model's logits, which may be padded; None: no adapter ever adds more."""
+        self._vocab_size, self._num_columns = vocab_size, num_columns
         self._logprobs_mode = logprobs_mode
 
     def __call__(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None = None) -> list[Choice]:
         """logits: [number of distinct rows, V] float32, left as they are; bitmask: [any, ceil(V / 32)] int32 on the
         host. One choice for each of `rows`."""
-        choices = self._choose(logits, rows, bitmask)
+        choices: dict[int, Choice] = {}
+        sizes = {row.num_tokens for row in rows}
+        for size in sizes:  # a row is computed as wide as its own vocabulary is, whoever is beside it
+            numbers = [number for number, row in enumerate(rows) if row.num_tokens == size]
+            own_rows = [rows[number] for number in numbers]
+            own = self._choose(self.columns(logits, size), own_rows, bitmask)
+            choices.update(zip(numbers, own, strict=True))
         return [
-            self._explained(logits, row, bitmask, choice) if row.explain else choice
-            for row, choice in zip(rows, choices, strict=True)
+            self._explained(logits, row, bitmask, choices[number]) if row.explain else choices[number]
+            for number, row in enumerate(rows)
         ]
+
+    def columns(self, logits: Tensor, num_tokens: int | None) -> Tensor:
+        """Those of the model, and of the tokens that adapters add up to a vocabulary of `num_tokens`."""
+        if self._num_columns is None:
+            return logits
+        return logits[:, : max(self._num_columns, num_tokens or 0)]
 
     def _choose(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None) -> list[Choice]:
         searching = [number for number, row in enumerate(rows) if row.candidates is not None]
@@ -83,14 +96,15 @@ class LogitsPipeline:
         return scores
 
     def _process(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None) -> Tensor:
-        """In place: what may come, and how much of it."""
-        logits = mask_vocabulary(logits, rows, self._vocab_size)
+        """In place: what may come, and how much of it. Rows of one size of vocabulary."""
+        logits = mask_vocabulary(logits, rows, rows[0].num_tokens or self._vocab_size)
         logits = logits if bitmask is None else apply_bitmask(logits, rows, bitmask)
         logits = apply_penalties(logits, rows)
         return add_bias(logits, rows)
 
     def scored(self, logits: Tensor, row: Row, bitmask: Tensor | None, token_id: int) -> Choice:
         """What the model says of a token that a strategy or a constraint decided on."""
+        logits = self.columns(logits, row.num_tokens)
         decision: Decision = "closing" if row.candidates is None else "searched"
         choice = Choice(token_id, self._logprob(logits, row, bitmask, token_id), decision)
         return self._explained(logits, row, bitmask, choice) if row.explain else choice
@@ -99,6 +113,7 @@ class LogitsPipeline:
         """From the row by itself, as it would be without others beside it."""
         if choice.token_id is None:
             return choice
+        logits = self.columns(logits, row.num_tokens)
         if row.candidates is None:
             processed = self._process(_gather(logits, [row]), [row], bitmask)
             final = processed_logits(processed, sampling_rows([row], logits.device))[0]

@@ -38,6 +38,8 @@ class Row:
     """None: one token is drawn."""
     explain: bool = False
     dry: Dry | None = None
+    num_tokens: int | None = None
+    """The size of its vocabulary, where its adapter has one of its own; None: the model's."""
     mirostat_mu: float | None = None
     """Mirostat's state; None: its first token."""
 

@@ -7,6 +7,7 @@ and branches; no requests, no sampling.
 
 import inspect
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cadenza.decoding import attention
+from cadenza.decoding.adapters.runtime import AdapterRuntime
 from cadenza.decoding.attention import AttentionBatch, DecodeGroup, PromptChunk, bucket_length
 from cadenza.decoding.branch import Branch
 from cadenza.decoding.kv_cache import KVCache
@@ -44,16 +46,20 @@ class Rows:
     chunks: list[PromptChunk]
     groups: list[DecodeGroup]
     row_of: dict[tuple[Branch, int], int]
-    """The packed row of (branch, position)."""
+    """The packed row of (branch, position), in order."""
 
 
 class ModelRunner:
-    def __init__(self, module: Any, cache: KVCache, device: torch.device) -> None:
-        """`module` is a transformers causal LM that `probe` accepted; its attention becomes ours."""
+    def __init__(
+        self, module: Any, cache: KVCache, device: torch.device, adapters: AdapterRuntime | None = None
+    ) -> None:
+        """`module` is a transformers causal LM that `probe` accepted; its attention becomes ours. adapters: None where
+        it computes every branch as it is, whatever adapters the branch has."""
         self._module = module
+        self._adapters = adapters
         self._cache = cache
         self._device = device
-        self._selects_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
+        self._selects_logits = selects_logits(module)
         self._hidden: Tensor | None = None
         self._keeps_hidden = False
         module.get_decoder().register_forward_hook(self._keep_hidden)
@@ -89,17 +95,28 @@ class ModelRunner:
 
         keep = as_tensor(wanted if wanted else [0])
         selection = {"logits_to_keep": keep} if self._selects_logits else {}
-        output = self._module(
-            input_ids=as_tensor([rows.token_ids]),
-            position_ids=as_tensor([rows.positions]),
-            use_cache=False,
-            attention_batch=AttentionBatch(self._cache, as_tensor(rows.slots), rows.chunks, rows.groups),
-            **selection,
-        )
+        token_ids = as_tensor(rows.token_ids)
+        adapted: AbstractContextManager[None] = nullcontext()
+        if self._adapters is not None:
+            owners = [branch.adapters for branch, _ in rows.row_of]
+            adapted = self._adapters.step(owners, wanted or [0], token_ids)
+        with adapted:
+            output = self._module(
+                input_ids=token_ids[None],
+                position_ids=as_tensor([rows.positions]),
+                use_cache=False,
+                attention_batch=AttentionBatch(self._cache, as_tensor(rows.slots), rows.chunks, rows.groups),
+                **selection,
+            )
         logits: Tensor = output.logits[0]
         if not self._selects_logits:
             logits = logits[keep]
         return logits[: len(wanted)].float()
+
+
+def selects_logits(module: Any) -> bool:
+    """Whether the module can be asked for the logits of some tokens only."""
+    return "logits_to_keep" in inspect.signature(module.forward).parameters
 
 
 def pack(step: Step, block_size: int, device: torch.device) -> Rows:

@@ -12,12 +12,19 @@ Knows branches and block ids; no tensors, no tokens' meaning.
 """
 
 import bisect
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cadenza.decoding.adapters.slots import AdapterSlots
 from cadenza.decoding.attention import TILE
 from cadenza.decoding.block_pool import BlockPool
 from cadenza.decoding.branch import Branch
+
+log = logging.getLogger(__name__)
+_MAX_OVERTAKEN = 64
+"""Branches with other adapters that may pass one which waits for its own: enough that slots are not idle meanwhile,
+few enough that it comes to its turn whatever is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +66,16 @@ def _order(branch: Branch) -> tuple[int, int, int]:
 
 class Scheduler:
     def __init__(
-        self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, enable_prefix_caching: bool
+        self,
+        pool: BlockPool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        enable_prefix_caching: bool,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         self._pool = pool
+        self._adapters = adapters
+        self._failed: list[tuple[Branch, Exception]] = []
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._enable_prefix_caching = enable_prefix_caching
@@ -93,7 +107,7 @@ class Scheduler:
         is_computed = fork.num_computed > 0  # not so if the parent has lost its blocks in this very step
         if is_computed and len(self.running) == self._max_num_seqs and self.running[-1].order > fork.order:
             self._preempt(self.running[-1])
-        if is_computed and len(self.running) < self._max_num_seqs:
+        if is_computed and len(self.running) < self._max_num_seqs and self._enter(fork):
             bisect.insort(self.running, fork, key=_order)
         else:
             self._release(fork)
@@ -101,7 +115,11 @@ class Scheduler:
 
     def remove(self, branch: Branch) -> None:
         """Forget a branch, wherever it is, and free its blocks."""
-        (self.running if branch in self.running else self.waiting).remove(branch)
+        if branch in self.running:
+            self.running.remove(branch)
+            self._leave(branch)
+        else:
+            self.waiting.remove(branch)
         self._release(branch)
 
     def is_running(self, branch: Branch) -> bool:
@@ -130,12 +148,51 @@ class Scheduler:
                 step.spans.append(Span(branch, branch.num_computed, branch.num_tokens))
         for branch in [branch for branch in self.running if not branch.num_generated]:
             budget -= self._schedule_chunk(branch, budget, step)
-        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
-            branch = self.waiting[0]
-            if not self._admit(branch, budget):
+        first_left: Branch | None = None  # the first that waits for its adapters' turn
+        for branch in self.waiting.copy():
+            if budget <= 0 or len(self.running) >= self._max_num_seqs:
                 break
+            if first_left is not None and not self._may_overtake(branch, first_left):
+                continue
+            if not self._enter(branch):
+                first_left = first_left or branch
+                continue
+            if not self._admit(branch, budget):
+                self._leave(branch)
+                break
+            if first_left is not None and branch.adapters is not None:
+                first_left.num_overtaken += 1
             budget -= self._schedule_chunk(branch, budget, step)
         return step
+
+    def take_failed(self) -> list[tuple[Branch, Exception]]:
+        """Branches whose adapters could not be brought to where they are needed, and why; they still wait."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _enter(self, branch: Branch) -> bool:
+        """Hold the branch's adapters on the device, if they are or can be there."""
+        if branch.adapters is None or self._adapters is None:
+            return True
+        try:
+            return self._adapters.enter(branch.adapters)
+        except Exception as error:
+            log.exception("an adapter could not be brought to the device")
+            self._failed.append((branch, error))
+            return False
+
+    def _leave(self, branch: Branch) -> None:
+        if branch.adapters is not None and self._adapters is not None:
+            self._adapters.leave(branch.adapters)
+
+    def _may_overtake(self, branch: Branch, first_left: Branch) -> bool:
+        """Whether it takes nothing that the other waits for; for how many that holds is bounded, since those whose
+        adapters are there keep them there."""
+        if branch.adapters is None or self._adapters is None:
+            return True
+        if any(sibling.request == branch.request for sibling in self.running):
+            return True
+        return first_left.num_overtaken < _MAX_OVERTAKEN and self._adapters.has(branch.adapters)
 
     def complete(self, step: Step) -> None:
         """The step's tokens have been computed."""
@@ -273,6 +330,7 @@ class Scheduler:
     def _preempt(self, branch: Branch) -> None:
         self.num_preemptions += 1
         self.running.remove(branch)
+        self._leave(branch)
         self._release(branch)
         self.add(branch)
 

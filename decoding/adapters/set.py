@@ -33,6 +33,11 @@ class AdapterSet:
     _num_holders: int = 1
     _lock: Lock = field(default_factory=Lock)
 
+    @classmethod
+    def of(cls, *adapters: "Adapter") -> "AdapterSet":
+        """Each at its full strength, for whoever has no names."""
+        return cls(tuple(Term(adapter) for adapter in sorted(adapters, key=lambda adapter: adapter.digest)))
+
     @property
     def key(self) -> str:
         """What, beside the tokens, decides the content of the KV cache."""

@@ -62,6 +62,8 @@ class DraftModelDrafter:
         self._shadows: dict[Branch, _Shadow] = {}
 
     def wish(self, branch: Branch, limit: int) -> Wish | None:
+        if _knows_more(branch):
+            return None
         num_tokens = min(limit, self._max_model_len - branch.num_tokens)
         if num_tokens <= 0:
             return None
@@ -90,6 +92,8 @@ class DraftModelDrafter:
     def _span(self, span: Span, is_drafted: bool) -> Span | None:
         """What to compute along with `span`: prompts always, answers where they are drafted for."""
         branch = span.branch
+        if _knows_more(branch):
+            return None
         if not is_drafted and span.start >= branch.num_prompt_tokens:
             return None
         known = self._shadows.get(branch)
@@ -132,3 +136,8 @@ class DraftModelDrafter:
 
     def forget(self, branch: Branch) -> None:
         self._shadows.pop(branch, None)
+
+
+def _knows_more(branch: Branch) -> bool:
+    """Its tokens may be some that an adapter has added, and that the draft model does not know."""
+    return branch.adapters is not None and branch.adapters.num_tokens is not None

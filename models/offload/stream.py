@@ -5,7 +5,8 @@ meanwhile. `RowStream` brings the rows of an embedding that are looked up. Both 
 hook opens a file for every tensor, reads nothing ahead and knows nothing of layers laid out for their device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,11 +45,13 @@ class LayerStream(ModelHook):  # type: ignore[misc]
         self, name: str, module: nn.Module, weights: FileWeights, device: torch.device, *, is_resident: bool
     ) -> None:
         """name: of the layer in the weights, which hold its tensors. is_resident: it stays once it is laid out."""
-        self.module = module
+        self.module, self.name = module, name
         self.is_resident = is_resident
         self.following: LayerStream | None = None
         """Whose turn is next."""
-        self._name, self._weights, self._device = name, weights, device
+        self.when_there: Callable[[str, nn.Module], object] | None = None
+        """Called with the layer's name and the layer whenever it has come and is laid out."""
+        self._weights, self._device = weights, device
         self._lay_out: LayOut | None = None
         self._children = [(part, dict(part._modules)) for part in module.modules()]
         self._empty = [(slot, _current(slot).to("meta")) for slot in self._slots()]
@@ -87,7 +90,7 @@ class LayerStream(ModelHook):  # type: ignore[misc]
 
     def _slots(self) -> list[Slot]:
         inner = self.module.layer if isinstance(self.module, StreamedLayer) else self.module
-        return [slot for slot in slots(inner, self._name) if slot.name in self._weights]
+        return [slot for slot in slots(inner, self.name) if slot.name in self._weights]
 
     def _come(self) -> None:
         self._is_there = True
@@ -109,6 +112,17 @@ class LayerStream(ModelHook):  # type: ignore[misc]
                 if (tensor := _current(slot)).data_ptr() == views.get(slot.name):
                     slot.put(tensor.clone())
         self._weights.release()
+        if self.when_there is not None:
+            self.when_there(self.name, self.module)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The layer is there inside the block, for who wants something else of it than its forward pass."""
+        self._come()
+        try:
+            yield
+        finally:
+            self._go()
 
     def _use_twins(self) -> None:
         """Copies of the quantized layers, which laying out changes, with the same empty tensors."""
