@@ -10,7 +10,7 @@ import secrets
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +71,10 @@ class EngineStats:
     """Times that tokens were drafted for a branch."""
     spec_decode_num_draft_tokens: int
     spec_decode_num_accepted_tokens: int
+    running_adapters: tuple[str, ...]
+    """Names that requests with a branch in the batch have asked for, each once."""
+    waiting_adapters: tuple[str, ...]
+    """Those of branches that wait."""
 
 
 class Engine:
@@ -330,8 +334,9 @@ class Engine:
 
     def stats(self) -> EngineStats:
         core = self._core
-        running = {branch.order[1] for branch in list(core.scheduler.running)}
-        waiting = {branch.order[1] for branch in list(core.scheduler.waiting)} - running
+        in_batch, in_line = list(core.scheduler.running), list(core.scheduler.waiting)
+        running = {branch.order[1] for branch in in_batch}
+        waiting = {branch.order[1] for branch in in_line} - running
         return EngineStats(
             num_running=len(running),
             num_waiting=len(waiting) + len(self._inbox),
@@ -344,6 +349,8 @@ class Engine:
             spec_decode_num_drafts=core.speculation.num_drafts,
             spec_decode_num_draft_tokens=core.speculation.num_draft_tokens,
             spec_decode_num_accepted_tokens=core.speculation.num_accepted_tokens,
+            running_adapters=_named(branch.adapters for branch in in_batch),
+            waiting_adapters=_named(branch.adapters for branch in in_line),
         )
 
     def _num_waiting(self) -> int:
@@ -455,3 +462,7 @@ def _answer(function: Callable[[], Any], future: "Future[Any]") -> None:
         future.set_exception(error)
     else:
         future.set_result(value)
+
+
+def _named(sets: Iterable[AdapterSet | None]) -> tuple[str, ...]:
+    return tuple(sorted({name for adapters in sets if adapters is not None for name in adapters.names}))
