@@ -11,7 +11,7 @@ from importlib import import_module
 
 from cadenza.decoding.request import EngineClosed, RequestError, RequestFailed
 from cadenza.models.errors import ModelError
-from cadenza.server.commands import options
+from cadenza.server.commands import adapters, options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +60,14 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="keys to ask for; also CADENZA_API_KEY",
     )
     add(
+        "--admin-api-key",
+        nargs="+",
+        type=_key,
+        default=[],
+        metavar="KEY",
+        help="keys to ask for before what is served is changed; also CADENZA_ADMIN_API_KEY",
+    )
+    add(
         "--shutdown-timeout",
         type=float,
         default=30.0,
@@ -74,6 +82,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     options.add_loading(parser)
     options.add_engine(parser)
+    adapters.add_sources(parser)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from cadenza.decoding.adapters.errors import (
+    AdapterRefused,
+    AdaptersBusy,
+    GenerationMismatch,
+    PathNotAllowed,
+    UnknownAdapter,
+)
 from cadenza.decoding.request import EngineClosed, QueueFull, RequestError, RequestFailed
 
 logger = logging.getLogger("cadenza.server")
@@ -68,6 +75,8 @@ def describe(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
+        case UnknownAdapter() | GenerationMismatch() | PathNotAllowed() | AdapterRefused():
+            return _adapter_error(error)
         case RequestError():
             return ApiError(400, str(error), param=error.param, code=error.code)
         case QueueFull():
@@ -78,6 +87,8 @@ def describe(error: Exception) -> ApiError:
                 code="queue_full",
                 headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
             )
+        case AdaptersBusy():
+            return unavailable(str(error), "adapters_busy")
         case EngineClosed():
             return unavailable(str(error) or "The server is shutting down.", "engine_closed")
         case RequestFailed():
@@ -86,6 +97,20 @@ def describe(error: Exception) -> ApiError:
             return _http_error(error)
         case _:
             return ApiError(500, "Internal server error.", type="server_error", code="internal_error")
+
+
+def _adapter_error(error: RequestError) -> ApiError:
+    kind = "invalid_request_error"
+    match error:
+        case UnknownAdapter():
+            status, code = 404, "adapter_not_found"
+        case GenerationMismatch():
+            status, code = 409, "generation_mismatch"
+        case PathNotAllowed():
+            status, code, kind = 403, "path_not_allowed", "permission_error"
+        case _:
+            status, code = 400, "adapter_refused"
+    return ApiError(status, str(error), type=kind, param=error.param, code=error.code or code)
 
 
 def _http_error(error: HTTPException) -> ApiError:
@@ -106,5 +131,6 @@ async def _handle(request: Request, error: Exception) -> Response:
 
 def install(app: FastAPI) -> None:
     """One handler for every kind of failure."""
-    for kind in (ApiError, RequestError, QueueFull, EngineClosed, RequestFailed, HTTPException, Exception):
+    ours = (ApiError, RequestError, QueueFull, AdaptersBusy, EngineClosed, RequestFailed)
+    for kind in (*ours, HTTPException, Exception):
         app.add_exception_handler(kind, _handle)

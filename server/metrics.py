@@ -81,6 +81,20 @@ class _EngineCollector(Collector):
         )
         gauge.add_metric([*labels, *info.values()], 1.0)
         yield gauge
+        if engine.adapters is not None:
+            yield _adapters(stats, engine.config.max_loras)
+
+
+def _adapters(stats: "EngineStats", max_loras: int) -> Metric:
+    """vLLM's gauge, which routers choose a server by: names in labels, the time as its value."""
+    gauge = GaugeMetricFamily(
+        "cadenza:lora_requests_info",
+        "Adapters that requests run or wait with, and how many a step has room for; the value is the time.",
+        labels=["running_lora_adapters", "waiting_lora_adapters", "max_lora"],
+    )
+    names = [",".join(sorted(set(each))) for each in (stats.running_adapters, stats.waiting_adapters)]
+    gauge.add_metric([*names, str(max_loras)], time.time())
+    return gauge
 
 
 class ServerMetrics:

@@ -40,27 +40,33 @@ class ApiKeys:
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._keys = tuple(keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allows(scope):
-            await _REFUSAL.response(scope, receive, send)
+            await key_refusal("API key").response(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
     def _allows(self, scope: Scope) -> bool:
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            return False
-        # Every key is compared, in constant time: how long it takes tells nothing.
-        matches = [secrets.compare_digest(given.strip().encode("latin-1"), key) for key in self._keys]
-        return any(matches)
+        return bears_one_of(Headers(scope=scope), self._keys)
 
 
-_REFUSAL = ApiError(
-    401,
-    "A valid API key is required: Authorization: Bearer KEY.",
-    type="authentication_error",
-    code="invalid_api_key",
-    headers={"WWW-Authenticate": "Bearer"},
-)
+def bears_one_of(headers: Headers, keys: Sequence[str]) -> bool:
+    """Whether the request has one of these keys."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        return False
+    # Every key is compared, in constant time: how long it takes tells nothing.
+    matches = [secrets.compare_digest(given.strip().encode("latin-1"), key.encode()) for key in keys]
+    return any(matches)
+
+
+def key_refusal(kind: str) -> ApiError:
+    return ApiError(
+        401,
+        f"A valid {kind} is required: Authorization: Bearer KEY.",
+        type="authentication_error",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )

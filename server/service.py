@@ -4,10 +4,11 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cadenza.server.errors import model_not_found, unavailable
+from cadenza.server.errors import unavailable
 
 if TYPE_CHECKING:  # the web side answers /health before torch is imported
     from cadenza.decoding import Engine
+    from cadenza.models.adapters.locate import AdapterSources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,18 @@ class ServerSettings:
     """Empty: the model's own name."""
     api_keys: tuple[str, ...] = ()
     """Empty: everyone may ask."""
+    admin_api_keys: tuple[str, ...] = ()
+    """Of those who may change what is served; they may ask, too. Empty: whoever may ask."""
+    allows_keyless_updates: bool = False
+    """Without admin keys: whoever may ask may also load and unload adapters while the server runs."""
+    adapter_sources: "AdapterSources | None" = None
+    """Where adapters may then come from; None: nowhere."""
     max_body_bytes: int = 32 * 1024 * 1024
+
+    @property
+    def allows_updates(self) -> bool:
+        """Adapters may be loaded and unloaded while the server runs."""
+        return self.allows_keyless_updates or bool(self.admin_api_keys)
 
 
 @dataclass
@@ -44,16 +56,6 @@ class Service:
         """What clients may call the model; none before it is loaded, unless the user named it."""
         own = () if self.loaded is None else (self.loaded.model.name,)
         return self.settings.served_model_names or own
-
-    def resolve_model(self, asked: str | None) -> str:
-        """The name under which to answer; a 404 if no such model is served."""
-        _ = self.engine
-        names = self.model_names
-        if asked is None:
-            return names[0]
-        if asked not in names:
-            raise model_not_found(asked)
-        return asked
 
     @property
     def num_unfinished(self) -> int:

@@ -3,20 +3,30 @@
 One line per fact, of an engine's description; decides nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cadenza.server.commands.quantities import count, gib
 
 if TYPE_CHECKING:
+    from cadenza.decoding import EngineConfig
+    from cadenza.decoding.adapters.library import AdapterInfo
     from cadenza.decoding.description import EngineDescription
     from cadenza.decoding.memory_plan import MemoryPlan
 
 
+_MOST_NAMED = 8
+"""More adapters than that are counted, not named."""
+
+
 def report_lines(
-    engine: "EngineDescription", stages: Mapping[str, float], total: float, url: str
+    engine: "EngineDescription",
+    stages: Mapping[str, float],
+    total: float,
+    url: str,
+    adapters: str | None = None,
 ) -> list[str]:
-    """stages: seconds, of `total`."""
+    """stages: seconds, of `total`; adapters: what there is to say of them."""
     spent = ", ".join(f"{name} {seconds:.2f}" for name, seconds in stages.items())
     lines = [
         f"model     {engine.model}: {engine.dtype} on {engine.device}",
@@ -29,7 +39,23 @@ def report_lines(
     ]
     if engine.drafts is not None:
         lines.append(f"drafts    {engine.drafts}")
+    if adapters is not None:
+        lines.append(f"adapters  {adapters}")
     return [*lines, f"loaded    in {total:.2f} s ({spent})", f"ready     {url}/v1"]
+
+
+def adapters_line(config: "EngineConfig", adapters: "Sequence[AdapterInfo]") -> str | None:
+    """Which there are, and what there is room for; None where requests cannot name any."""
+    if not config.enable_lora:
+        return None
+    kept, rank = config.adapters_in_memory, config.max_lora_rank
+    bounds = f"{config.max_loras} in a step, {kept} in memory, of rank {rank} or less"
+    if not adapters:
+        return f"none yet; {bounds}"
+    named = ", ".join(f"{adapter.name} (rank {adapter.rank})" for adapter in adapters[:_MOST_NAMED])
+    more = f" and {len(adapters) - _MOST_NAMED} more" if len(adapters) > _MOST_NAMED else ""
+    size = gib(sum({adapter.digest: adapter.num_bytes for adapter in adapters}.values()))
+    return f"{named}{more}, {size}; {bounds}"
 
 
 def _weights(engine: "EngineDescription") -> str:

@@ -15,8 +15,9 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from cadenza.models.errors import ModelError
+from cadenza.server.commands.adapters import adapter_sources, allows_updates, check_adapters
 from cadenza.server.commands.options import engine_config, load_config
-from cadenza.server.commands.report import report_lines
+from cadenza.server.commands.report import adapters_line, report_lines
 from cadenza.server.service import ServerSettings, Service
 
 if TYPE_CHECKING:
@@ -28,8 +29,10 @@ def serve(args: argparse.Namespace) -> int:
     sys.setswitchinterval(0.0005)  # the engine must not wait 5 ms for the event loop to yield the interpreter
     gc.disable()  # until all is loaded: it would look for garbage among modules, for half a second
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    settings = server_settings(args)
+    check_adapters(args, settings)
     listener = _listen(args.host, args.port)
-    service = Service(settings=server_settings(args))
+    service = Service(settings=settings)
     loading = Loading(service, args, _url(args.host, listener))
     loading.start()
 
@@ -49,11 +52,18 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def server_settings(args: argparse.Namespace) -> ServerSettings:
-    environment = os.environ.get("CADENZA_API_KEY")
     return ServerSettings(
         served_model_names=tuple(args.served_model_name),
-        api_keys=tuple(args.api_key) or ((environment,) if environment else ()),
+        api_keys=tuple(args.api_key) or _key_in("CADENZA_API_KEY"),
+        admin_api_keys=tuple(args.admin_api_key) or _key_in("CADENZA_ADMIN_API_KEY"),
+        allows_keyless_updates=allows_updates(),
+        adapter_sources=adapter_sources(args),
     )
+
+
+def _key_in(variable: str) -> tuple[str, ...]:
+    key = os.environ.get(variable)
+    return (key,) if key else ()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -110,4 +120,6 @@ def _report(engine: "Engine", url: str, imports: float, total: float) -> None:
     """Where the time went, what there is room for, where to ask."""
     stages = {"imports": imports, **engine.description.timings}
     stages["engine"] = max(0.0, total - sum(stages.values()))
-    print("\n".join(report_lines(engine.description, stages, total, url)), flush=True)
+    adapters = [] if engine.adapters is None else engine.adapters.list()
+    lines = report_lines(engine.description, stages, total, url, adapters_line(engine.config, adapters))
+    print("\n".join(lines), flush=True)

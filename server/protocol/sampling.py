@@ -13,6 +13,7 @@ from pydantic import BeforeValidator
 
 from cadenza.decoding.request import RequestError, SamplingParams
 from cadenza.decoding.strategies.spec import ContrastiveSearch, is_search, search_defaults
+from cadenza.server.protocol.adapters import AdapterFields
 from cadenza.server.protocol.constraints import ConstraintFields
 from cadenza.server.protocol.strategies import StrategyFields
 from cadenza.server.protocol.wire import Wire
@@ -39,7 +40,7 @@ class StreamOptions(Wire):
             )
 
 
-class SamplingFields(ConstraintFields, StrategyFields):
+class SamplingFields(ConstraintFields, StrategyFields, AdapterFields):
     """None: the client did not say; then the model's own default holds, else that of `SamplingParams`."""
 
     model: str | None = None

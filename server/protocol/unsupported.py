@@ -37,8 +37,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),  # honoured in completions
     # sampling
     "min_keep": (0,),
-    # adapters
-    "lora": ([],),
     # vLLM: how its own answers are written
     "documents": ([],),
     "detokenize": (True,),

@@ -1,6 +1,5 @@
 """/v1/chat/completions and /v1/completions: body, prompts, sampling parameters, generation, answer."""
 
-import asyncio
 import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from cadenza.server.protocol.sampling import SamplingFields, check_alternatives,
 from cadenza.server.protocol.wire import read
 from cadenza.server.respond import respond
 from cadenza.server.routes.context import Context, InContext
+from cadenza.server.targets import Target, finished
 
 if TYPE_CHECKING:
     from cadenza.decoding import Engine
@@ -32,23 +32,23 @@ router = APIRouter()
 async def chat_completions(request: Request, context: InContext) -> Response:
     engine = context.service.engine
     body = await read(request, ChatRequest, context.service.settings.max_body_bytes)
-    model = context.service.resolve_model(body.model)
-    limit = engine.config.max_logprobs
-    check_alternatives(body.top_logprobs, "top_logprobs", limit)
-    check_alternatives(body.prompt_logprobs, "prompt_logprobs", limit)
-    token_ids = await chat_prompt(engine.model.tokenizer, body)
-    token_ids = truncated(token_ids, body, body.new_tokens, engine.max_model_len)
-    generation = await _submit(
-        context,
-        engine,
-        body,
-        [token_ids],
-        logprobs=body.num_alternatives,
-        prompt_logprobs=body.prompt_logprobs,
-    )
-    answer = ChatAnswer(
-        body, engine.model.tokenizer, token_ids, model=model, fingerprint=engine.model.fingerprint
-    )
+    async with context.targets.held(body.model, body.lora) as target:
+        limit = engine.config.max_logprobs
+        check_alternatives(body.top_logprobs, "top_logprobs", limit)
+        check_alternatives(body.prompt_logprobs, "prompt_logprobs", limit)
+        token_ids = await chat_prompt(target.tokenizer, body)
+        token_ids = truncated(token_ids, body, body.new_tokens, engine.max_model_len)
+        generation = await _submit(
+            context,
+            target,
+            body,
+            [token_ids],
+            logprobs=body.num_alternatives,
+            prompt_logprobs=body.prompt_logprobs,
+        )
+        answer = ChatAnswer(
+            body, target.tokenizer, token_ids, model=target.name, fingerprint=target.fingerprint
+        )
     return await respond(request, generation, answer, stream=body.stream, usage_chunks=body.includes_usage)
 
 
@@ -56,30 +56,30 @@ async def chat_completions(request: Request, context: InContext) -> Response:
 async def completions(request: Request, context: InContext) -> Response:
     engine = context.service.engine
     body = await read(request, CompletionRequest, context.service.settings.max_body_bytes)
-    model = context.service.resolve_model(body.model)
-    limit = engine.config.max_logprobs
-    check_alternatives(body.logprobs, "logprobs", limit)
-    check_alternatives(body.prompt_logprobs, "prompt_logprobs", limit)
-    prompts = await completion_prompts(engine.model.tokenizer, body, engine.max_model_len)
-    if len(prompts) > engine.config.max_queue:
-        raise RequestError(f"prompt must hold at most {engine.config.max_queue} prompts.", "prompt")
-    generation = await _submit(
-        context,
-        engine,
-        body,
-        [prompt.token_ids for prompt in prompts],
-        logprobs=body.logprobs,
-        prompt_logprobs=body.alternatives_in_prompt,
-    )
-    answer = CompletionAnswer(
-        body, engine.model.tokenizer, prompts, model=model, fingerprint=engine.model.fingerprint
-    )
+    async with context.targets.held(body.model, body.lora) as target:
+        limit = engine.config.max_logprobs
+        check_alternatives(body.logprobs, "logprobs", limit)
+        check_alternatives(body.prompt_logprobs, "prompt_logprobs", limit)
+        prompts = await completion_prompts(target.tokenizer, body, engine.max_model_len)
+        if len(prompts) > engine.config.max_queue:
+            raise RequestError(f"prompt must hold at most {engine.config.max_queue} prompts.", "prompt")
+        generation = await _submit(
+            context,
+            target,
+            body,
+            [prompt.token_ids for prompt in prompts],
+            logprobs=body.logprobs,
+            prompt_logprobs=body.alternatives_in_prompt,
+        )
+        answer = CompletionAnswer(
+            body, target.tokenizer, prompts, model=target.name, fingerprint=target.fingerprint
+        )
     return await respond(request, generation, answer, stream=body.stream, usage_chunks=body.includes_usage)
 
 
 async def _submit(
     context: Context,
-    engine: "Engine",
+    target: Target,
     body: SamplingFields,
     prompts: Sequence[tuple[int, ...]],
     *,
@@ -87,7 +87,7 @@ async def _submit(
     prompt_logprobs: int | None,
 ) -> Generation:
     """One engine request per prompt; an error names the field as the client did."""
-    spec = body.constraint_spec
+    engine, spec = target.engine, body.constraint_spec
     with wire_names(body.renamed):
         sampling = sampling_params(
             body,
@@ -107,6 +107,7 @@ async def _submit(
                 constraint=constraint,
                 strategy=body.strategy,
                 explain=body.explain,
+                adapters=target.adapters,
                 cache_salt=body.cache_salt,
                 priority=body.priority,
             )
@@ -120,7 +121,6 @@ async def _compiled(engine: "Engine", spec: ConstraintSpec | None) -> "Constrain
     if spec is None:
         return None
     try:
-        # shielded: who hangs up must not cancel what others with the same constraint wait for
-        return await asyncio.shield(asyncio.wrap_future(engine.constraints.compile(spec)))
+        return await finished(engine.constraints.compile(spec))
     except ConstraintError as error:
         raise RequestError(f"{spec.param}: {error}", spec.param, "invalid_constraint") from None

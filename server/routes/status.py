@@ -6,7 +6,8 @@ from typing import Any
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from cadenza.server.routes.context import InContext
+from cadenza.server.errors import model_not_found
+from cadenza.server.routes.context import Context, InContext
 
 router = APIRouter()
 
@@ -31,23 +32,36 @@ async def metrics(context: InContext) -> Response:
 
 @router.get("/v1/models")
 async def list_models(context: InContext) -> dict[str, Any]:
-    _ = context.service.engine
-    return {"object": "list", "data": [_card(context, name) for name in context.service.model_names]}
+    """The served model under each of its names, then its adapters."""
+    return {"object": "list", "data": _cards(context)}
 
 
 @router.get("/v1/models/{name:path}")
 async def get_model(name: str, context: InContext) -> dict[str, Any]:
-    return _card(context, context.service.resolve_model(name))
+    for card in _cards(context):
+        if card["id"] == name:
+            return card
+    raise model_not_found(name)
 
 
-def _card(context: InContext, name: str) -> dict[str, Any]:
+def _cards(context: Context) -> list[dict[str, Any]]:
+    _ = context.service.engine
+    names = [_card(context, name, context.service.created, None) for name in context.service.model_names]
+    adapters = [info for _, info in context.targets.listed()]
+    return names + [
+        _card(context, info.name, info.created, context.targets.parent_of(info)) for info in adapters
+    ]
+
+
+def _card(context: Context, name: str, created: int, parent: str | None) -> dict[str, Any]:
+    """root: whose weights they are at bottom; never a path of this machine's."""
     engine = context.service.engine
     return {
         "id": name,
         "object": "model",
-        "created": context.service.created,
+        "created": created,
         "owned_by": "cadenza",
         "root": engine.model.name,
-        "parent": None,
+        "parent": parent,
         "max_model_len": engine.max_model_len,
     }

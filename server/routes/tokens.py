@@ -17,8 +17,8 @@ router = APIRouter()
 async def tokenize(request: Request, context: InContext) -> dict[str, Any]:
     engine = context.service.engine
     body = await read(request, TokenizeRequest, context.service.settings.max_body_bytes)
-    context.service.resolve_model(body.model)
-    tokenizer = engine.model.tokenizer
+    async with context.targets.held(body.model) as target:
+        tokenizer = target.tokenizer
     if body.prompt is not None:
         tokens = await text_prompt(
             tokenizer, body.prompt, add_special_tokens=body.add_special_tokens is not False
@@ -35,16 +35,18 @@ async def tokenize(request: Request, context: InContext) -> dict[str, Any]:
 
 @router.post("/detokenize")
 async def detokenize(request: Request, context: InContext) -> dict[str, Any]:
-    engine = context.service.engine
+    _ = context.service.engine
     body = await read(request, DetokenizeRequest, context.service.settings.max_body_bytes)
-    context.service.resolve_model(body.model)
-    check_token_ids(body.tokens, "tokens", engine.model.tokenizer.vocab_size)
-    return {"prompt": engine.model.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+    async with context.targets.held(body.model) as target:
+        tokenizer = target.tokenizer
+    check_token_ids(body.tokens, "tokens", tokenizer.vocab_size)
+    return {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
 
 
 @router.get("/tokenizer_info")
-async def tokenizer_info(context: InContext) -> dict[str, Any]:
-    tokenizer = context.service.engine.model.tokenizer
+async def tokenizer_info(context: InContext, model: str | None = None) -> dict[str, Any]:
+    async with context.targets.held(model) as target:
+        tokenizer = target.tokenizer
 
     def text(token_id: int | None) -> str | None:
         return None if token_id is None else tokenizer.token_string(token_id)

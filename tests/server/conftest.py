@@ -48,7 +48,8 @@ class ScriptedEngine:
         self.model = SimpleNamespace(
             name="scripted", tokenizer=tokenizer, sampling_defaults={}, fingerprint="fp_scripted"
         )
-        self.config = SimpleNamespace(max_logprobs=20, max_queue=8)
+        self.config = SimpleNamespace(max_logprobs=20, max_queue=8, max_loras=2)
+        self.adapters: Any = None
         self.description = SimpleNamespace(cache_config={"block_size": "16", "num_gpu_blocks": "9"})
         self.max_model_len = 512
         self.is_closed = False
@@ -81,6 +82,8 @@ class ScriptedEngine:
             spec_decode_num_drafts=17,
             spec_decode_num_draft_tokens=23,
             spec_decode_num_accepted_tokens=19,
+            running_adapters=("b", "a"),
+            waiting_adapters=("c",),
         )
 
     def close(self, timeout: float = 0.0) -> None:

@@ -110,7 +110,6 @@ REFUSED = {
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "tool_choice": "required",
     "functions": [{"name": "f"}],
-    "lora": [{"id": "x", "scale": 1.0}],
     "audio": {"voice": "x", "format": "wav"},
     "modalities": ["text", "audio"],
     "store": True,
@@ -146,6 +145,7 @@ NEUTRAL = {
     "use_beam_search": False,
     "modalities": ["text"],
     "suffix": "",
+    "lora": [],
 }
 
 
