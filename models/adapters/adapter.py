@@ -40,6 +40,9 @@ class LinearChange:
     """[out_features, in_features] in place of W (`modules_to_save`); more rows than W has where tokens were added."""
     bias: Tensor | None = None
     """[out_features] in place of the bias, or new where there was none."""
+    rows: tuple[Tensor, Tensor] | None = None
+    """([n] int64 token ids, [n, in_features]) rows in place of those of the weight: of an output layer some of whose
+    tokens were trained (`trainable_token_indices`, tied or by its own name). Never beside `low_rank` or `gain`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class EmbeddingChange:
     weight: Tensor | None = None
     """[tokens, embedding_dim] in place of the table, with more rows where tokens were added."""
     rows: tuple[Tensor, Tensor] | None = None
-    """([n] int64 token ids, [n, embedding_dim]) rows in place of those of the table."""
+    """([n] int64 token ids, [n, embedding_dim]) rows in place of the table's. Never beside `low_rank`, `gain`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,8 @@ class ModuleChange:
     values: Mapping[str, Tensor] = field(default_factory=dict)
     """In place of its parameters, by the parameter's name."""
     low_rank: Mapping[str, LowRank] = field(default_factory=dict)
-    """Added to its parameters of shape [out_features, in_features] or [experts, out_features, in_features]."""
+    """`b @ a` is added to its parameters of shape [out_features, in_features] or [experts, out_features, in_features],
+    and to those that lie as [experts, in_features, out_features], where a is then [experts, rank, out_features]."""
 
 
 Change = LinearChange | EmbeddingChange | ModuleChange

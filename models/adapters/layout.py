@@ -23,7 +23,8 @@ class Site:
     """Of its parameters by name, as the model was trained: "weight" [out_features, in_features] of linear layers
     ([in_features, out_features] where `is_transposed`), [tokens, embedding_dim] of embeddings."""
     is_transposed: bool = False
-    """GPT-2's `Conv1D`, whose weight lies the other way round in checkpoints."""
+    """GPT-2's `Conv1D`, whose weight lies the other way round in checkpoints, and experts whose parameters lie as
+    [experts, in_features, out_features]."""
     is_everywhere: bool = True
     """Linear layers: it is given every token of the sequence, in order, once per forward pass. Only such a layer can
     be told whose token each row is."""
@@ -93,4 +94,5 @@ def _site(part: nn.Module, is_elsewhere: bool) -> Site:
     if isinstance(part, nn.Linear | Conv1D | QuantizedLinear):
         return Site("linear", shapes, isinstance(part, Conv1D), not is_elsewhere)
     is_embedding = isinstance(part, nn.Embedding | QuantizedEmbedding)
-    return Site("embedding" if is_embedding else "other", shapes)
+    is_transposed = bool(getattr(part, "is_transposed", False))
+    return Site("embedding" if is_embedding else "other", shapes, is_transposed)

@@ -1,0 +1,71 @@
+"""Changes of modules that are neither linear layers nor embeddings: norms, routers, the experts of a mixture.
+
+peft adapts a parameter (target_parameters) by wrapping its module, once for each parameter, one wrapper inside the
+other: the file says only how deep a matrix lay. Knows one module at a time.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from cadenza.models.adapters.adapter import LowRank, ModuleChange
+from cadenza.models.adapters.arrays import as_tensor, scaled, transposed
+from cadenza.models.adapters.files import CONFIG
+from cadenza.models.adapters.keys import Group
+from cadenza.models.adapters.low_rank import Terms, checked_rank, targeted_parameters
+from cadenza.models.adapters.saved import Vocabulary, take_parameter
+from cadenza.models.errors import ModelError
+
+
+def module_change(group: Group, terms: Terms, vocabulary: Vocabulary) -> ModuleChange:
+    values = {
+        name: value
+        for name in group.site.shapes
+        if (value := take_parameter(group, name, vocabulary)) is not None
+    }
+    return ModuleChange(values, _wrapped(group, terms))
+
+
+def _wrapped(group: Group, terms: Terms) -> dict[str, LowRank]:
+    names = targeted_parameters(group, terms.config)
+    found = {}
+    for depth, name in enumerate(
+        reversed(names)
+    ):  # the parameter that comes first was wrapped first: innermost
+        inside = "base_layer." * depth
+        pair = group.take_pair(f"{inside}lora_A.weight", f"{inside}lora_B.weight")
+        if pair is not None:
+            found[name] = _parameter_low_rank(group, name, *pair, terms)
+    return found
+
+
+def _parameter_low_rank(group: Group, parameter: str, a: Tensor, b: Tensor, terms: Terms) -> LowRank:
+    """Of a parameter [out, in], [experts, out, in], or [experts, in, out] where the module is transposed. a: [experts ·
+    rank, in], expert by expert; b: [out, rank · experts], the experts together."""
+    name, shape = f"{group.name}.{parameter}", group.site.shapes[parameter]
+    pattern_name = f"{group.trained_name}.{parameter}"
+    rank, scaling = checked_rank(pattern_name, terms), terms.config.scaling_of(pattern_name)
+    num_experts, rows, columns = shape if len(shape) == 3 else (1, *shape)
+    is_turned = len(shape) == 3 and group.site.is_transposed
+    in_features, out_features = (rows, columns) if is_turned else (columns, rows)
+    wanted = ((num_experts * rank, in_features), (out_features, num_experts * rank))
+    for letter, tensor, size in (("A", a, wanted[0]), ("B", b, wanted[1])):
+        if tuple(tensor.shape) != size:
+            raise ModelError(
+                f"lora_{letter} for {name} has shape {tuple(tensor.shape)}; the model's {shape} and rank {rank} of "
+                f"{CONFIG} make it {size}"
+            )
+    if len(shape) == 2:
+        return LowRank(a, scaled(b, scaling))
+    first = a.reshape(num_experts, rank, in_features)
+    second = _by_expert(scaled(b, scaling).reshape(out_features, rank, num_experts))
+    return LowRank(transposed(second), transposed(first)) if is_turned else LowRank(first, second)
+
+
+def _by_expert(b: Tensor) -> Tensor:
+    """[experts, out, rank] from [out, rank, experts], by one thread."""
+    if b.dtype.itemsize == 2:
+        import torch
+
+        bits = np.ascontiguousarray(b.view(torch.int16).numpy().transpose(2, 0, 1))
+        return torch.from_numpy(bits).view(b.dtype)
+    return as_tensor(b.numpy().transpose(2, 0, 1))

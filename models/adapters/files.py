@@ -1,0 +1,55 @@
+"""The tensors of an adapter, read into memory from `adapter_model.safetensors`. Pickles are never opened.
+
+Knows nothing of what the tensors mean.
+"""
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cadenza.models.adapters.arrays import is_finite, numpy_dtype
+from cadenza.models.errors import ModelError
+from cadenza.models.weights import tensors_of
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+
+
+def read_tensors(folder: Path) -> Mapping[str, Tensor]:
+    """By name, in the order of their names, in memory of their own: the file may change afterwards. Raises `ModelError`
+    for what is damaged, no floating-point number, infinite or not a number."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        if (folder / PICKLE).exists():
+            raise ModelError(f"the adapter has a pickle ({PICKLE}) and no {WEIGHTS}; pickles are not loaded")
+        raise ModelError(f"the adapter has no {WEIGHTS}")
+    try:
+        places = tensors_of(file)
+        with file.open("rb") as stream:
+            return {name: _read(stream, name, *places[name]) for name in sorted(places)}
+    except ModelError as error:
+        raise ModelError(str(error).replace(str(file), WEIGHTS)) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{WEIGHTS} cannot be read") from error
+
+
+def _read(stream: object, name: str, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    kind = numpy_dtype(dtype)
+    if kind is None:
+        raise ModelError(
+            f"{name} has type {dtype}; an adapter's tensors are float64, float32, float16 or bfloat16"
+        )
+    stream.seek(offset)  # type: ignore[attr-defined]
+    values = np.fromfile(stream, kind, prod(shape))  # type: ignore[call-overload]
+    if values.size != prod(shape):
+        raise ModelError(f"{WEIGHTS} is damaged: it ends within {name}")
+    tensor = torch.from_numpy(values.reshape(shape))
+    tensor = tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
+    if not is_finite(tensor):
+        raise ModelError(f"{name} has values that are infinite or not numbers")
+    return tensor

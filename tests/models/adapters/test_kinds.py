@@ -1,0 +1,48 @@
+"""Every kind of adapter that peft makes, read and put into the weights, against peft's own unmerged model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+IDS = torch.tensor([[3, 7, 11, 5, 2, 40, 7, 1, 30, 12]])
+LLAMA_KINDS = (
+    *("lora", "rslora", "patterns", "dora", "lora_bias", "saved", "saved_mlp", "saved_embeddings"),
+    *("embedding", "dora_embedding", "head", "tokens", "head_tokens", "parameters"),
+)
+CASES = [
+    *(("llama", kind) for kind in LLAMA_KINDS),
+    *(("tied", kind) for kind in (*LLAMA_KINDS, "tied_embeddings", "tied_lora")),
+    *(("qwen2", kind) for kind in ("lora", "dora", "lora_bias", "bias_lora_only", "bias_all", "saved")),
+    *(("gpt2", kind) for kind in ("lora", "dora", "lora_bias", "bias_lora_only", "bias_all")),
+    *(("gemma2", kind) for kind in ("lora", "embedding", "dora_embedding", "tokens", "tied_embeddings")),
+    *(("gemma3", kind) for kind in ("lora", "embedding", "dora_embedding", "tokens", "saved_embeddings")),
+    *((model, kind) for model in ("mixtral", "qwen3_moe", "gpt_oss") for kind in ("lora", "experts")),
+]
+GPT2_KINDS = {
+    "saved": {"target_modules": ["c_attn"], "modules_to_save": ["ln_1", "c_proj", "wte", "lm_head"]},
+    "parameters": {"target_modules": [], "target_parameters": ["c_attn.weight", "wte.weight"]},
+}
+CASES += [("gpt2", kind) for kind in GPT2_KINDS]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "kind"), CASES, ids=lambda value: str(value))
+def test_equals_peft(
+    name: str,
+    kind: str,
+    tiny: Callable[..., Any],
+    make_adapter: Callable[..., Any],
+    read: Callable[..., Any],
+    apply: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    module = tiny(name)
+    arguments = GPT2_KINDS[kind] if name == "gpt2" and kind in GPT2_KINDS else kind
+    folder, model = make_adapter(module, tmp_path, arguments)
+    adapter = read(folder, module)
+    expected, base = model(input_ids=IDS).logits, module(input_ids=IDS).logits
+    assert (expected - base).abs().max() > 1e-3
+    torch.testing.assert_close(apply(module, adapter)(input_ids=IDS).logits, expected, atol=1e-9, rtol=1e-9)
