@@ -49,8 +49,8 @@ class Group:
             )
 
 
-def group_by_module(tensors: Mapping[str, Tensor], layout: Layout) -> list[Group]:
-    """In the order of the modules' names. Raises `ModelError` for a tensor of a module that the model has not, or that
+def group_by_module(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Group]:
+    """By the module's name. Raises `ModelError` for a tensor of a module that the model has not, or that
     could belong to several."""
     places = _Places(layout)
     groups: dict[str, Group] = {}
@@ -60,7 +60,7 @@ def group_by_module(tensors: Mapping[str, Tensor], layout: Layout) -> list[Group
         if rest in group.tensors:
             raise ModelError(f"the adapter has two tensors for {name}.{rest}")
         group.tensors[rest] = tensor
-    return [groups[name] for name in sorted(groups)]
+    return groups
 
 
 class _Places:

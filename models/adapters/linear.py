@@ -7,12 +7,13 @@ import numpy as np
 from torch import Tensor
 
 from cadenza.models.adapters import dora
-from cadenza.models.adapters.adapter import EmbeddingChange, LinearChange
+from cadenza.models.adapters.adapter import EmbeddingChange, LinearChange, LowRank
 from cadenza.models.adapters.arrays import as_array, as_tensor
 from cadenza.models.adapters.base import BaseWeights
 from cadenza.models.adapters.keys import Group
 from cadenza.models.adapters.low_rank import Terms, embedding_low_rank, linear_low_rank
 from cadenza.models.adapters.saved import Vocabulary, take_parameter
+from cadenza.models.adapters.token_rows import Rows, extended, take_rows
 from cadenza.models.errors import ModelError
 
 
@@ -21,45 +22,54 @@ def linear_change(group: Group, terms: Terms, base: BaseWeights, vocabulary: Voc
         raise ModelError(
             f"{group.name} cannot be adapted: the model does not give it every token of a sequence in order"
         )
-    weight = take_parameter(group, "weight", vocabulary)
+    weight, num_rows, rows = _weight_and_rows(group, terms, base, vocabulary, group.site.in_features)
+    out_features = group.site.out_features if num_rows is None else num_rows
     bias = take_parameter(group, "bias", vocabulary)
-    out_features = group.site.out_features if weight is None else weight.shape[0]
-    if weight is not None and vocabulary.is_base(group, weight, base):
-        weight = None
-    low_rank = linear_low_rank(group, terms, out_features)
     bias = _with_lora_bias(group, terms, base, bias, out_features)
-    gain = None
-    magnitude = group.take("lora_magnitude_vector")
-    if low_rank is not None and terms.config.use_dora:
-        if magnitude is None:
-            raise ModelError(f"the adapter has use_dora and no {group.name}.lora_magnitude_vector")
-        low_rank, gain = dora.linear(group.name, magnitude, low_rank, weight, base)
-    elif magnitude is not None:
-        raise ModelError(
-            f"the adapter has {group.name}.lora_magnitude_vector without use_dora or its matrices"
-        )
-    return LinearChange(low_rank, gain, weight, bias)
+    low_rank = linear_low_rank(group, terms, out_features)
+    magnitude = _take_magnitude(group, terms, low_rank)
+    if low_rank is None or magnitude is None:
+        return LinearChange(low_rank, None, weight, bias, rows)
+    low_rank, gain = dora.linear(group.name, magnitude, low_rank, weight, base)
+    return LinearChange(low_rank, gain, weight, bias, rows)
 
 
 def embedding_change(
     group: Group, terms: Terms, base: BaseWeights, vocabulary: Vocabulary
 ) -> EmbeddingChange:
+    num_tokens, dim = group.site.shapes["weight"]
+    weight, num_rows, rows = _weight_and_rows(group, terms, base, vocabulary, dim)
+    low_rank = embedding_low_rank(group, terms, num_tokens if num_rows is None else num_rows)
+    magnitude = _take_magnitude(group, terms, low_rank)
+    if low_rank is None or magnitude is None:
+        return EmbeddingChange(low_rank, None, weight, rows)
+    low_rank, gain = dora.embedding(group.name, magnitude, low_rank, weight, base)
+    return EmbeddingChange(low_rank, gain, weight, rows)
+
+
+def _weight_and_rows(
+    group: Group, terms: Terms, base: BaseWeights, vocabulary: Vocabulary, dim: int
+) -> tuple[Tensor | None, int | None, Rows | None]:
+    """(the weight in place of the model's, its number of rows, rows in place of single ones)."""
     weight = take_parameter(group, "weight", vocabulary)
-    num_tokens = group.site.shapes["weight"][0] if weight is None else weight.shape[0]
     if weight is not None and vocabulary.is_base(group, weight, base):
         weight = None
-    low_rank = embedding_low_rank(group, terms, num_tokens)
-    gain = None
-    magnitude = group.take("lora_magnitude_vector")
-    if low_rank is not None and terms.config.use_dora:
-        if magnitude is None:
-            raise ModelError(f"the adapter has use_dora and no {group.name}.lora_magnitude_vector")
-        low_rank, gain = dora.embedding(group.name, magnitude, low_rank, weight, base)
-    elif magnitude is not None:
+    rows = take_rows(group, terms.config, vocabulary.layout, dim)
+    if rows is not None and (whole := extended(group, weight, rows, base)) is not None:
+        weight, rows = whole, None
+    return weight, None if weight is None else weight.shape[0], rows
+
+
+def _take_magnitude(group: Group, terms: Terms, low_rank: LowRank | None) -> Tensor | None:
+    """DoRA's, which is there exactly where the configuration and the matrices say so."""
+    magnitude, is_dora = group.take("lora_magnitude_vector"), low_rank is not None and terms.config.use_dora
+    if is_dora and magnitude is None:
+        raise ModelError(f"the adapter has use_dora and no {group.name}.lora_magnitude_vector")
+    if magnitude is not None and not is_dora:
         raise ModelError(
             f"the adapter has {group.name}.lora_magnitude_vector without use_dora or its matrices"
         )
-    return EmbeddingChange(low_rank, gain, weight)
+    return magnitude
 
 
 def _with_lora_bias(

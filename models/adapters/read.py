@@ -26,6 +26,7 @@ from cadenza.models.adapters.layout import Layout
 from cadenza.models.adapters.linear import embedding_change, linear_change
 from cadenza.models.adapters.low_rank import Terms
 from cadenza.models.adapters.saved import Vocabulary
+from cadenza.models.adapters.token_rows import tie_tokens
 
 if TYPE_CHECKING:
     from cadenza.models.tokenizer import Tokenizer
@@ -44,10 +45,12 @@ def read_adapter(
     on one core only."""
     config, tensors = read_config(folder), read_tensors(folder)
     digest = _digest(config, tensors, fingerprint)
+    groups = group_by_module(tensors, layout)
+    tie_tokens(groups, layout, config)
     changes: dict[str, Change] = {}
-    for group in group_by_module(tensors, layout):
-        changes[group.name] = _change(group, Terms(config, max_rank), base, Vocabulary(layout))
-        group.check_empty()
+    for name in sorted(groups):
+        changes[name] = _change(groups[name], Terms(config, max_rank), base, Vocabulary(layout))
+        groups[name].check_empty()
     return Adapter(
         digest=digest,
         changes={name: change for name, change in changes.items() if _is_any(change)},
@@ -91,7 +94,7 @@ def _tensors(change: Change) -> Iterator[Tensor]:
         case ModuleChange():
             yield from change.values.values()
         case LinearChange() | EmbeddingChange():
-            others = [change.gain, change.weight, *(change.rows or ())]
+            others: list[Tensor | None] = [change.gain, change.weight, *(change.rows or ())]
             others += [change.bias] if isinstance(change, LinearChange) else []
             yield from (tensor for tensor in others if tensor is not None)
 

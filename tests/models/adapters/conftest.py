@@ -39,7 +39,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3", {}),
     "mixtral": ("Mixtral", {"num_local_experts": 3}),
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12}),
-    "gpt_oss": ("GptOss", {"num_local_experts": 3, "layer_types": ["full_attention"] * 2}),
+    "gpt_oss": (
+        "GptOss",
+        {"num_local_experts": 3, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
+    ),
 }
 
 
@@ -119,7 +122,9 @@ def _tiny(name: str, dtype: torch.dtype) -> Any:
     config = getattr(transformers, kind)(**(common | extra))
     config._attn_implementation = "eager"
     torch.manual_seed(11)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval().requires_grad_(False)
+    config._experts_implementation = "eager"
+    kind = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    model = getattr(transformers, kind)(config).to(dtype).eval().requires_grad_(False)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model
