@@ -4,7 +4,7 @@ Fetches weights in safetensors, configuration and tokenizer, nothing else: pickl
 they were asked for by name. Knows nothing of aliases or GGUF.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,11 @@ def snapshot(repo: str, *, revision: str | None, allow_pickle: bool, trust_remot
     if not (folder / "config.json").is_file():
         raise ModelError(f"{repo} holds no config.json, so it is not a model that transformers can load")
     return folder
+
+
+def files(repo: str, patterns: Sequence[str]) -> Path:
+    """A local folder with the files of a repository that match, none of them in subfolders."""
+    return _download(repo, None, [*patterns])
 
 
 def cached_snapshot(repo: str, revision: str | None) -> Path | None:

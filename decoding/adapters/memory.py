@@ -1,0 +1,99 @@
+"""Which adapters lie in host memory, each content once: bounded, the least recently asked for goes first.
+
+Knows no names, no files and no threads: whoever has it holds a lock.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cadenza.models.adapters.adapter import Adapter
+
+
+@dataclass(slots=True, eq=False)
+class _Content:
+    adapter: "Adapter"
+    num_users: int = 0
+
+
+class HostMemory:
+    """Never more than `capacity` adapters, and one beside them: that being read, or the last that was published, if all
+    others were in use. What is needed no more goes at once, what could be read again goes for want of room."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._contents: dict[str, _Content] = {}  # by digest, the least recently asked for first
+        self._wanted: Collection[str] = frozenset()
+        self._pinned: Collection[str] = frozenset()
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._contents
+
+    def __len__(self) -> int:
+        return len(self._contents)
+
+    @property
+    def num_staying(self) -> int:
+        """Adapters that could not go: in use or pinned."""
+        return sum(self._is_staying(digest) for digest in self._contents)
+
+    def add(self, adapter: "Adapter") -> None:
+        """It lies there until the next `trim`, unless it is held by then. Of equal contents the first one stays."""
+        self._contents.setdefault(adapter.digest, _Content(adapter))
+        self._touch(adapter.digest)
+
+    def find(self, digest: str) -> "Adapter | None":
+        """Asks for nothing: no user, no younger."""
+        content = self._contents.get(digest)
+        return None if content is None else content.adapter
+
+    def hold(self, digest: str) -> "Adapter":
+        self._touch(digest)
+        content = self._contents[digest]
+        content.num_users += 1
+        return content.adapter
+
+    def release(self, digest: str) -> None:
+        """Does not count as asking for it: a generation that was replaced is older than the one in its place, however
+        long its last request runs."""
+        content = self._contents[digest]
+        assert content.num_users > 0
+        content.num_users -= 1
+        if not content.num_users:
+            self.trim()
+
+    def keep(self, wanted: Collection[str], pinned: Collection[str], *, spare: str | None = None) -> None:
+        """wanted: whatever a name stands for, or could be rolled back to; of these, pinned: whatever must stay."""
+        self._wanted, self._pinned = wanted, pinned
+        self.trim(spare=spare)
+
+    def trim(self, *, spare: str | None = None) -> None:
+        """Let go of what is not wanted, and of what is too much; spare: not of this one, now."""
+        idle = [digest for digest in self._contents if not self._is_staying(digest) and digest != spare]
+        gone = [digest for digest in idle if digest not in self._wanted]
+        idle = [digest for digest in idle if digest in self._wanted]
+        num_beyond = len(self._contents) - len(gone) - self.capacity
+        for digest in gone + idle[: max(0, num_beyond)]:
+            del self._contents[digest]
+
+    def num_lacking(self, *, is_request: bool) -> int:
+        """How many must go that are in use now before one more is read: what a request asks for must fit into the
+        capacity, what is being published may be one too many."""
+        beyond = len(self._contents) - self.capacity
+        return max(0, beyond, self.num_staying + 1 - self.capacity if is_request else 0)
+
+    def victims(self, number: int, claimed: Collection[str]) -> frozenset[str]:
+        """Those in use that should go next, so many if there are; never claimed or pinned ones."""
+        found = (
+            digest
+            for digest, content in self._contents.items()
+            if content.num_users and digest not in self._pinned and digest not in claimed
+        )
+        return frozenset(digest for digest, _ in zip(found, range(number), strict=False))
+
+    def _is_staying(self, digest: str) -> bool:
+        return self._contents[digest].num_users > 0 or digest in self._pinned
+
+    def _touch(self, digest: str) -> None:
+        self._contents[digest] = self._contents.pop(digest)
