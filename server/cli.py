@@ -97,6 +97,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, help="longest answer")
     add("--seed", type=int, help="the same answers every time")
     options.add_loading(parser)
+    options.add_own_adapters(parser)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:

@@ -100,17 +100,17 @@ def describe(error: Exception) -> ApiError:
 
 
 def _adapter_error(error: RequestError) -> ApiError:
-    kind = "invalid_request_error"
+    kind, param = "invalid_request_error", error.param
     match error:
         case UnknownAdapter():
-            status, code = 404, "adapter_not_found"
+            status, code, param = 404, "model_not_found", error.param or "lora_name"
         case GenerationMismatch():
             status, code = 409, "generation_mismatch"
         case PathNotAllowed():
             status, code, kind = 403, "path_not_allowed", "permission_error"
         case _:
             status, code = 400, "adapter_refused"
-    return ApiError(status, str(error), type=kind, param=error.param, code=error.code or code)
+    return ApiError(status, str(error), type=kind, param=param, code=error.code or code)
 
 
 def _http_error(error: HTTPException) -> ApiError:

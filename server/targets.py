@@ -107,10 +107,8 @@ class Targets:
 
     def _without_base(self, model: str) -> str:
         """`base:name` is `name`; names of adapters have no colons, those of models may."""
-        for base in self._service.model_names:
-            if model.startswith(f"{base}:"):
-                return model.removeprefix(f"{base}:")
-        return model
+        base, _, name = model.rpartition(":")
+        return name if base in self._service.model_names else model
 
     async def _acquired(self, engine: "Engine", terms: Sequence[_Named]) -> "AdapterSet":
         library = engine.adapters
@@ -129,13 +127,13 @@ class Targets:
         if future.done():
             return future.result()
         if self._num_waiting >= limit:
-            future.add_done_callback(_release)
+            _give_up(future)
             raise QueueFull(f"{limit} requests wait for adapters already; try again later")
         self._num_waiting += 1
         try:
             return await finished(future)
         except asyncio.CancelledError:
-            future.add_done_callback(_release)
+            _give_up(future)
             raise
         finally:
             self._num_waiting -= 1
@@ -146,7 +144,7 @@ class Targets:
         """All adapters, each with a number that its name has as long as the server runs; the first to come has 0."""
         library = self._service.engine.adapters
         infos = [] if library is None else library.list()
-        for info in sorted(infos, key=lambda info: info.created):
+        for info in infos:
             self._ids.setdefault(info.name, len(self._ids))
         return sorted(((self._ids[info.name], info) for info in infos), key=lambda entry: entry[0])
 
@@ -165,10 +163,15 @@ async def finished(future: "Future[Result]") -> Result:
     return await asyncio.shield(asyncio.wrap_future(future))
 
 
-def _release(done: "Future[AdapterSet]") -> None:
-    """Nobody waits for this set any more."""
-    if not done.cancelled() and done.exception() is None:
-        done.result().release()
+def _give_up(future: "Future[AdapterSet]") -> None:
+    """Nobody waits for the set any more. Where it comes nevertheless, this very moment, it is not kept."""
+
+    def release(done: "Future[AdapterSet]") -> None:
+        if done.exception() is None:
+            done.result().release()
+
+    if not future.cancel():
+        future.add_done_callback(release)
 
 
 def _check_number(terms: Sequence[_Named], max_loras: int) -> None:

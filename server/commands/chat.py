@@ -12,27 +12,27 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from cadenza.decoding.request import RequestError
-from cadenza.server.commands.options import load_config
+from cadenza.server.commands.options import conversation_config, load_config
 
 if TYPE_CHECKING:
     from cadenza.decoding import Engine
+    from cadenza.decoding.adapters.set import AdapterSet
     from cadenza.decoding.request import SamplingParams
 
 
 def run(args: argparse.Namespace) -> int:
     gc.disable()  # until all is loaded: it would look for garbage among modules, for half a second
-    from cadenza.decoding import Engine, EngineConfig
+    from cadenza.decoding import Engine
 
     # A shell that starts us in the background has it ignored; here it means "stop the answer".
     signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.perf_counter()
-    # One conversation needs one place in the batch, and the KV cache for it.
-    engine = Engine.load(args.model, load_config(args), EngineConfig(max_num_seqs=1))
+    engine = Engine.load(args.model, load_config(args), conversation_config(args))
     gc.enable()
     try:
         sampling = _sampling(engine, args)
         _say(f"{engine.model.name} is ready after {time.perf_counter() - start:.1f} s; ctrl-D ends")
-        _converse(engine, sampling, args.system)
+        _converse(engine, sampling, args.system, _adapters(engine))
     finally:
         engine.close()
     return 0
@@ -46,14 +46,23 @@ def _sampling(engine: "Engine", args: argparse.Namespace) -> "SamplingParams":
     return SamplingParams(**{**engine.model.sampling_defaults, **asked})
 
 
-def _converse(engine: "Engine", sampling: "SamplingParams", system: str | None) -> None:
+def _adapters(engine: "Engine") -> "AdapterSet | None":
+    """All that were asked for; held to the end."""
+    if engine.adapters is None:
+        return None
+    return engine.adapters.acquire([(info.name, 1.0) for info in engine.adapters.list()]).result()
+
+
+def _converse(
+    engine: "Engine", sampling: "SamplingParams", system: str | None, adapters: "AdapterSet | None"
+) -> None:
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while (line := _ask()) is not None:
         if not line.strip():
             continue
         question = {"role": "user", "content": line}
         try:
-            answer = _answer(engine, sampling, [*messages, question])
+            answer = _answer(engine, sampling, [*messages, question], adapters)
         except RequestError as error:  # such as a conversation that has outgrown the context
             _say(f"cadenza: {error}")
             continue
@@ -71,12 +80,20 @@ def _ask() -> str | None:
             _say("\nctrl-D ends")
 
 
-def _answer(engine: "Engine", sampling: "SamplingParams", messages: list[dict[str, Any]]) -> str:
+def _answer(
+    engine: "Engine",
+    sampling: "SamplingParams",
+    messages: list[dict[str, Any]],
+    adapters: "AdapterSet | None",
+) -> str:
     from cadenza.decoding.completion import prompt_token_ids
     from cadenza.decoding.request import Delta, GenerationRequest
 
-    token_ids = prompt_token_ids(engine.tokenizer, messages)
-    request = GenerationRequest(request_id=uuid.uuid4().hex, prompt_token_ids=token_ids, sampling=sampling)
+    own = None if adapters is None else adapters.tokenizer
+    token_ids = prompt_token_ids(own or engine.tokenizer, messages)
+    request = GenerationRequest(
+        request_id=uuid.uuid4().hex, prompt_token_ids=token_ids, sampling=sampling, adapters=adapters
+    )
     stream = engine.submit(request)
     said = ""
     try:

@@ -117,6 +117,14 @@ def _add_adapters(parser: argparse.ArgumentParser) -> None:
     add("--max-cpu-loras", type=int, help="adapters in memory (default: twice --max-loras)")
 
 
+def add_own_adapters(parser: argparse.ArgumentParser) -> None:
+    """For a conversation that is with one model throughout."""
+    group = parser.add_argument_group("adapters")
+    add = partial(group.add_argument, default=argparse.SUPPRESS)
+    add("--lora", nargs="+", metavar="PATH", help="adapters to talk to: folders or Hugging Face ids")
+    add("--max-lora-rank", type=int, help="adapters of a higher rank are refused (default: 16)")
+
+
 def _lora_module(text: str) -> LoraModule:
     try:
         return LoraModule(**_named(text))
@@ -159,6 +167,22 @@ def engine_config(args: argparse.Namespace) -> "EngineConfig":
         given.update(lora_modules=tuple(given["lora_modules"]), enable_lora=True)
     check_adapter_flags(args)
     return EngineConfig(**given)
+
+
+def conversation_config(args: argparse.Namespace) -> "EngineConfig":
+    """One conversation needs one place in the batch, the KV cache for it, and slots for its adapters."""
+    from cadenza.decoding import EngineConfig
+
+    paths = getattr(args, "lora", [])
+    if not paths:
+        if hasattr(args, "max_lora_rank"):
+            raise ModelError("--max-lora-rank needs --lora")
+        return EngineConfig(max_num_seqs=1)
+    modules = tuple(LoraModule(f"lora-{number}", path) for number, path in enumerate(paths, 1))
+    bounds = {"max_lora_rank": args.max_lora_rank} if hasattr(args, "max_lora_rank") else {}
+    return EngineConfig(
+        max_num_seqs=1, enable_lora=True, max_loras=len(modules), lora_modules=modules, **bounds
+    )
 
 
 def check_adapter_flags(args: argparse.Namespace) -> None:

@@ -53,7 +53,8 @@ class LoadAdapter(Wire):
     lora_path: Name
     load_inplace: bool = False
     expected_generation: Generation | None = None
-    pinned: bool = False
+    pinned: bool | None = None
+    """Absent: as the name was before."""
 
     def check(self) -> None:
         fault = name_fault(self.lora_name)

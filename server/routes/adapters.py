@@ -11,6 +11,7 @@ from fastapi.responses import PlainTextResponse
 
 from cadenza.decoding.adapters.errors import AdapterRefused, GenerationMismatch, PathNotAllowed
 from cadenza.decoding.request import RequestError
+from cadenza.models.adapters.locate import AdapterPathError
 from cadenza.models.errors import ModelError
 from cadenza.server.errors import ApiError
 from cadenza.server.middleware import bears_one_of, key_refusal
@@ -65,12 +66,11 @@ async def load(request: Request, context: InContext) -> PlainTextResponse:
                 pin=body.pinned,
             )
         )
-    except GenerationMismatch:
-        if body.load_inplace or body.expected_generation is not None:
-            raise
-        raise _exists(body.lora_name) from None
-    except ModelError as error:
-        raise AdapterRefused(str(error), "lora_path") from None
+    except GenerationMismatch as error:
+        if error.code == "adapter_exists":
+            raise _exists(body.lora_name) from None
+        raise
+    context.targets.listed()  # its number is that of its coming, whenever somebody asks
     return _success(info, "added")
 
 
@@ -110,7 +110,12 @@ async def _located(context: Context, path: str) -> str:
             " --lora-allowed-roots or --lora-allowed-hub-ids.",
             "lora_path",
         )
-    return str(await asyncio.to_thread(sources.locate, path))
+    try:
+        return str(await asyncio.to_thread(sources.locate, path))
+    except AdapterPathError as error:
+        raise PathNotAllowed(str(error), "lora_path") from None
+    except ModelError as error:
+        raise AdapterRefused(str(error), "lora_path") from None
 
 
 def _exists(name: str) -> ApiError:

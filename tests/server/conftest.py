@@ -5,8 +5,12 @@ The tokenizer is the real model's. What a model says is tested end to end, in te
 
 import asyncio
 import codecs
+import hashlib
 import json
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +18,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from cadenza.decoding.adapters.library import AdapterLibrary
 from cadenza.decoding.request import Delta, Event, GenerationRequest, PromptDone, TokenLogprob
+from cadenza.models.adapters.adapter import Adapter
+from cadenza.models.errors import ModelError
 from cadenza.models.source import resolve
 from cadenza.models.tokenizer import Tokenizer
 from cadenza.server.app import create_app
@@ -144,6 +151,54 @@ def service(engine: ScriptedEngine) -> Service:
     return Service(settings=ServerSettings(max_body_bytes=100_000), loaded=engine)  # type: ignore[arg-type]
 
 
+@dataclass
+class Adapters:
+    """Folders that look like adapters, and how they are read here: the weights' text is the content."""
+
+    root: Path
+    tokenizers: dict[str, Tokenizer] = field(default_factory=dict)
+    """By the content of the adapters that bring them."""
+    may_read: threading.Event = field(default_factory=threading.Event)
+
+    def write(self, name: str, content: str) -> str:
+        """The path of the folder, written anew."""
+        folder = self.root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_text(content)
+        return str(folder)
+
+    def read(self, path: str) -> Adapter:
+        assert self.may_read.wait(30)
+        content = (Path(path) / "adapter_model.safetensors").read_text()
+        if content.startswith("bad"):
+            raise ModelError(f"model.layers.0 has another shape ({content})")
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        return Adapter(
+            digest, {}, 8, 1000, self.tokenizers.get(content), base_model_name="/home/trainer/model"
+        )
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Adapters:
+    adapters = Adapters(tmp_path / "adapters")
+    adapters.root.mkdir()
+    adapters.may_read.set()
+    return adapters
+
+
+@pytest.fixture
+def library(engine: ScriptedEngine, adapters: Adapters) -> Iterator[AdapterLibrary]:
+    """The scripted engine's, with two adapters to begin with and room for three in memory."""
+    library = AdapterLibrary(adapters.read, max_in_memory=3, wait_seconds=30)
+    for name in ("red", "blue"):
+        library.load(name, adapters.write(name, name)).result()
+    engine.adapters = library
+    yield library
+    adapters.may_read.set()
+    library.close()
+
+
 class Client:
     """Requests to the app in this process, one event loop each."""
 
@@ -155,6 +210,18 @@ class Client:
             transport = httpx.ASGITransport(self._app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
                 return await client.request(method, url, **options)
+
+        return asyncio.run(send())
+
+    def together(self, *requests: tuple[str, str, dict[str, Any]]) -> list[httpx.Response]:
+        """Sent in this order, answered in any: on one event loop."""
+
+        async def send() -> list[httpx.Response]:
+            transport = httpx.ASGITransport(self._app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await asyncio.gather(
+                    *(client.request(method, url, json=body) for method, url, body in requests)
+                )
 
         return asyncio.run(send())
 

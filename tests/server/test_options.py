@@ -2,15 +2,20 @@
 
 import argparse
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cadenza.decoding import EngineConfig
+from cadenza.decoding.adapters.library import AdapterInfo
 from cadenza.decoding.adapters.module import LoraModule
 from cadenza.models import LoadConfig, ModelError
+from cadenza.models.adapters.locate import AdapterSources
 from cadenza.server.cli import build_parser
-from cadenza.server.commands.options import engine_config, load_config
+from cadenza.server.commands.adapters import check_adapters
+from cadenza.server.commands.options import conversation_config, engine_config, load_config
+from cadenza.server.commands.report import adapters_line
 from cadenza.server.commands.serve import server_settings
 
 LOADING: dict[str, tuple[list[str], Any]] = {
@@ -159,3 +164,115 @@ def test_more_adapters_than_slots_are_kept_in_memory() -> None:
     assert EngineConfig(enable_lora=True).adapters_in_memory == 16
     assert EngineConfig(enable_lora=True, lora_modules=modules).adapters_in_memory == 20
     assert EngineConfig(enable_lora=True, lora_modules=modules, max_cpu_loras=8).adapters_in_memory == 8
+
+
+def test_who_may_change_adapters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    flags = ("--enable-lora", "--admin-api-key", "x", "y", "--lora-allowed-roots", str(tmp_path))
+    args = serve(*flags, "--lora-allowed-hub-ids", "org/a", "other/*")
+    settings = server_settings(args)
+    check_adapters(args, settings)
+    assert settings.admin_api_keys == ("x", "y")
+    assert settings.allows_updates
+    assert settings.adapter_sources == AdapterSources((tmp_path,), ("org/a", "other/*"))
+    monkeypatch.setenv("CADENZA_ADMIN_API_KEY", "from-environment")
+    assert server_settings(serve()).admin_api_keys == ("from-environment",)
+    assert server_settings(args).admin_api_keys == ("x", "y")
+
+
+@pytest.mark.parametrize("prefix", ["CADENZA", "VLLM"])
+@pytest.mark.parametrize(
+    ("value", "allows"),
+    [("1", True), ("true", True), (" True ", True), ("0", False), ("", False), ("no", False)],
+)
+def test_the_environment_may_allow_it(
+    monkeypatch: pytest.MonkeyPatch, prefix: str, value: str, allows: bool
+) -> None:
+    for other in ("CADENZA", "VLLM"):
+        monkeypatch.delenv(f"{other}_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
+    assert not server_settings(serve()).allows_updates
+    monkeypatch.setenv(f"{prefix}_ALLOW_RUNTIME_LORA_UPDATING", value)
+    assert server_settings(serve()).allows_updates is allows
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lora-allowed-roots", "."], "--lora-allowed-roots needs --enable-lora"),
+        (["--lora-allowed-hub-ids", "org/a"], "--lora-allowed-hub-ids needs --enable-lora"),
+        (
+            ["--enable-lora", "--lora-allowed-roots", "."],
+            "--lora-allowed-roots needs --admin-api-key, or CADENZA_ALL",
+        ),
+        (
+            ["--enable-lora", "--lora-allowed-hub-ids", "org/a"],
+            "--lora-allowed-hub-ids needs --admin-api-key, or",
+        ),
+        (
+            ["--enable-lora", "--lora-allowed-roots", "/no/such"],
+            "--lora-allowed-roots: there is no folder /no/such",
+        ),
+        (["--enable-lora", "--lora-allowed-hub-ids", "*"], "is no Hugging Face id"),
+        (["--lora-modules", "some-model=x"], "--lora-modules: some-model is what the served model is called"),
+        (
+            ["--lora-modules", "b=x", "--served-model-name", "a", "b"],
+            "--lora-modules: b is what the served model is called",
+        ),
+        (
+            ["--lora-modules", '{"name": "x", "path": "x", "base_model_name": "y"}'],
+            "--lora-modules: the base model of x is y, which is not served here .some-model is.",
+        ),
+    ],
+)
+def test_contradictions_are_found_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], words: str
+) -> None:
+    for name in ("CADENZA_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        monkeypatch.delenv(name, raising=False)
+    args = serve(*flags)
+    with pytest.raises(ModelError, match=words):
+        check_adapters(args, server_settings(args))
+
+
+def test_the_base_model_of_an_adapter_is_one_of_the_served_names() -> None:
+    module = '{"name": "x", "path": "x", "base_model_name": "b"}'
+    args = serve("--lora-modules", module, "--served-model-name", "a", "b")
+    check_adapters(args, server_settings(args))
+
+
+def test_a_conversation_with_adapters() -> None:
+    def run(*flags: str) -> EngineConfig:
+        return conversation_config(build_parser().parse_args(["run", "some-model", *flags]))
+
+    assert run() == EngineConfig(max_num_seqs=1)
+    config = run("--lora", "some/folder", "org/name", "--max-lora-rank", "64")
+    assert [module.path for module in config.lora_modules] == ["some/folder", "org/name"]
+    assert (config.enable_lora, config.max_loras, config.max_lora_rank) == (True, 2, 64)
+    with pytest.raises(ModelError, match="--max-lora-rank needs --lora"):
+        run("--max-lora-rank", "64")
+
+
+def test_the_report_says_which_adapters_there_are() -> None:
+    def info(number: int) -> AdapterInfo:
+        return AdapterInfo(
+            name=f"a{number}",
+            generation=1,
+            digest=f"{number % 10}",
+            path="x",
+            base_model_name=None,
+            rank=number,
+            num_bytes=1024**2,
+            is_pinned=False,
+            is_in_memory=True,
+            num_users=0,
+            previous_generation=None,
+            created=0,
+        )
+
+    config = EngineConfig(enable_lora=True)
+    bounds = "8 in a step, 16 in memory, of rank 16 or less"
+    assert adapters_line(EngineConfig(), []) is None
+    assert adapters_line(config, []) == f"none yet; {bounds}"
+    assert adapters_line(config, [info(4), info(8)]) == f"a4 (rank 4), a8 (rank 8), 2.00 MiB; {bounds}"
+    many = adapters_line(config, [info(number) for number in range(20)])
+    assert many is not None
+    assert many.endswith(f"a7 (rank 7) and 12 more, 10.00 MiB; {bounds}"), "equal content is counted once"
