@@ -4,6 +4,7 @@ A thin wrapper of a transformers fast tokenizer: what it adds is exact bytes, an
 shown. It knows nothing of streaming: the incremental detokenizer is the engine's.
 """
 
+import copy
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -127,6 +128,32 @@ class Tokenizer:
         if isinstance(template, dict):
             template = template.get("default")
         return template
+
+    @property
+    def has_own_template(self) -> bool:
+        """The server's, in place of what the model came with."""
+        return self._override is not None
+
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """The same tokens, another template. Shares what it can: neither changes."""
+        other = copy.copy(self)
+        other._override = template
+        return other
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """By their role, as templates see them."""
+        return {role: str(token) for role, token in self._fast.special_tokens_map.items()}
+
+    def serialized(self) -> str:
+        """As `tokenizer.json` is written."""
+        text: str = self._backend.to_str(pretty=True)
+        return text
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id, added ones included; a new dictionary."""
+        ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return ids
 
     def render_chat(
         self,

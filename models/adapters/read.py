@@ -27,6 +27,8 @@ from cadenza.models.adapters.linear import embedding_change, linear_change
 from cadenza.models.adapters.low_rank import Terms
 from cadenza.models.adapters.saved import Vocabulary
 from cadenza.models.adapters.token_rows import tie_tokens
+from cadenza.models.adapters.tokenizer import files_digest, has_tokenizer, read_tokenizer
+from cadenza.models.adapters.vocabulary import fit_vocabulary
 
 if TYPE_CHECKING:
     from cadenza.models.tokenizer import Tokenizer
@@ -44,18 +46,22 @@ def read_adapter(
     """fingerprint: of the model. Raises ModelError: one line that names what is at fault. Safe on any thread; computes
     on one core only."""
     config, tensors = read_config(folder), read_tensors(folder)
-    digest = _digest(config, tensors, fingerprint)
     groups = group_by_module(tensors, layout)
     tie_tokens(groups, layout, config)
     changes: dict[str, Change] = {}
     for name in sorted(groups):
         changes[name] = _change(groups[name], Terms(config, max_rank), base, Vocabulary(layout))
         groups[name].check_empty()
+    found = read_tokenizer(folder, tokenizer)
+    brought = (found or tokenizer).vocab_size if has_tokenizer(folder) else None
+    changes, num_tokens = fit_vocabulary(changes, layout, tokenizer.vocab_size, brought)
     return Adapter(
-        digest=digest,
+        digest=_digest(config, tensors, fingerprint, "" if found is None else files_digest(folder)),
         changes={name: change for name, change in changes.items() if _is_any(change)},
         rank=max((_rank(change) for change in changes.values()), default=0),
         num_bytes=_num_bytes(changes.values()),
+        tokenizer=found,
+        num_tokens=num_tokens,
         base_model_name=config.base_model_name,
     )
 
@@ -70,9 +76,11 @@ def _change(group: Group, terms: Terms, base: BaseWeights, vocabulary: Vocabular
             return module_change(group, terms, vocabulary)
 
 
-def _digest(config: AdapterConfig, tensors: Mapping[str, Tensor], fingerprint: str) -> str:
+def _digest(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], fingerprint: str, tokenizer_digest: str
+) -> str:
     """Of the content alone: the same wherever the folder lies."""
-    sha = hashlib.sha256(f"{fingerprint}\n{config.meaning}\n".encode())
+    sha = hashlib.sha256(f"{fingerprint}\n{config.meaning}\n{tokenizer_digest}\n".encode())
     for name, tensor in tensors.items():
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         sha.update(_bytes(tensor))
