@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from cadenza.decoding.adapters.set import AdapterSet
-from cadenza.kernels.lora import Uses, gather
+from cadenza.kernels import lora
+from cadenza.kernels.lora import Uses
+from cadenza.kernels.lora_segments import Segments, segment
 from cadenza.models.adapters.adapter import Adapter
 
 Planes = tuple[int, ...]
@@ -33,8 +35,8 @@ class RowsOfSets:
     sets: Sequence[Sequence[Placed]]
     planes_per_slot: int
     device: torch.device
-    _uses: dict[Planes, Uses | None] = field(default_factory=dict)
-    _gathered: dict[int, tuple[Tensor, Uses, Tensor]] = field(default_factory=dict)
+    _uses: dict[Planes, Uses | Segments | None] = field(default_factory=dict)
+    _gathered: tuple[Tensor, Uses, Tensor] | None = None
     _rows: dict[int, Tensor] = field(default_factory=dict)
 
     def rows_of(self, number: int) -> Tensor:
@@ -47,24 +49,29 @@ class RowsOfSets:
     def has_all(self, number: int) -> bool:
         return len(self.rows_of(number)) == len(self.owner)
 
-    def uses(self, planes: Planes) -> Uses | None:
-        """For layers where slots have so many planes; None: nothing is changed there."""
+    def add_low_rank_(self, out: Tensor, x: Tensor, a: Tensor, b: Tensor, planes: Planes) -> None:
+        """Add to each row of out [T, out_features] what its set's planes of the tables a and b make of its row of x
+        [..., in_features]. planes: how many each slot has there."""
         if planes not in self._uses:
             self._uses[planes] = self._make_uses(planes)
-        return self._uses[planes]
+        uses = self._uses[planes]
+        if isinstance(uses, Uses):
+            lora.expand_(out, lora.shrink(self._rows_as_used(x, uses), a, uses), b, uses)
+        elif uses is not None:
+            from cadenza.kernels import lora_sgmv  # Triton is only there where a GPU may be
 
-    def gathered(self, x: Tensor, uses: Uses) -> Tensor:
-        """`gather`, once for all layers that are given the same tensor."""
-        key = id(x)  # the tensor is kept, so that its identity stays its own
-        known = self._gathered.get(key)
+            flat = x.reshape(-1, x.shape[-1]).to(a.dtype)
+            lora_sgmv.expand_(out, lora_sgmv.shrink(flat, a, uses), b, uses)
+
+    def _rows_as_used(self, x: Tensor, uses: Uses) -> Tensor:
+        """Once for all layers that are given the same tensor, one after the other."""
+        known = self._gathered
         if known is None or known[0] is not x or known[1] is not uses:
-            if len(self._gathered) > 2:
-                self._gathered.clear()
-            flat = x.reshape(-1, x.shape[-1])
-            known = self._gathered[key] = (x, uses, gather(flat, uses))
+            rows = lora.gather(x.reshape(-1, x.shape[-1]), uses)
+            known = self._gathered = (x, uses, rows)
         return known[2]
 
-    def _make_uses(self, planes: Planes) -> Uses | None:
+    def _make_uses(self, planes: Planes) -> Uses | Segments | None:
         per_set = [
             [
                 (placed.slot * self.planes_per_slot + plane, placed.scale)
@@ -83,13 +90,16 @@ class RowsOfSets:
         if any(scale != 1.0 for own in per_set for _, scale in own):
             own_scales = [np.array([scale for _, scale in own], np.float32) for own in per_set]
             scales = np.concatenate([own_scales[number] for number in self.owner[users]])
+        rows = np.repeat(users, counts[users])
+        if self.device.type == "cuda":
+            return segment(rows, all_planes, scales, self.device)
         starts = np.cumsum(counts[users]) - counts[users]
 
         def tensor(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(self.device)
 
         return Uses(
-            rows=tensor(np.repeat(users, counts[users])),
+            rows=tensor(rows),
             planes=tensor(all_planes),
             scales=None if scales is None else tensor(scales),
             users=tensor(users),

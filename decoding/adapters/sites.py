@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cadenza.decoding.adapters.batch import AdapterBatch, Placed, RowsOfSets
 from cadenza.decoding.adapters.experts import AdaptedStack
 from cadenza.decoding.adapters.tables import PlaneTables
-from cadenza.kernels.lora import expand_, num_planes, shrink
+from cadenza.kernels.lora import num_planes
 from cadenza.models.adapters.adapter import Change, EmbeddingChange, LinearChange, LowRank, ModuleChange
 from cadenza.models.adapters.layout import Site
 from cadenza.models.linear import PackedLinear
@@ -110,20 +110,21 @@ class LinearHook:
         x = args[0]
         if x.numel() != len(rows.owner) * x.shape[-1]:
             raise RuntimeError(f"a layer was given {x.numel() // x.shape[-1]} tokens of {len(rows.owner)}")
-        wide = output
-        if self._is_output and batch.num_tokens is not None and batch.num_tokens > output.shape[-1]:
-            wide = F.pad(output, (0, batch.num_tokens - output.shape[-1]), value=-torch.inf)
+        wide, width = output, output.shape[-1]
+        if self._is_output and batch.num_tokens is not None and batch.num_tokens > width:
+            wide = F.pad(output, (0, batch.num_tokens - width), value=-torch.inf)
         if self._dense:
             flat = x.reshape(-1, x.shape[-1])
             for number, own in enumerate(rows.sets):
                 if any(placed.slot in self._dense for placed in own):
                     self._replace(wide.view(-1, wide.shape[-1]), flat, rows, number, own)
-        uses = rows.uses(self._planes)
-        if uses is not None:
-            assert self._tables is not None
-            y = shrink(rows.gathered(x, uses), self._tables.a, uses)
-            width = self._site.out_features
-            expand_(wide.view(-1, wide.shape[-1])[:, :width], y, self._tables.b, uses)
+        if self._tables is not None:
+            out = (
+                output.view(-1, output.shape[-1])
+                if wide is output
+                else wide.view(-1, wide.shape[-1])[:, :width]
+            )
+            rows.add_low_rank_(out, x, self._tables.a, self._tables.b, self._planes)
         return None if wide is output else wide
 
     def _replace(self, out: Tensor, x: Tensor, rows: RowsOfSets, number: int, own: Sequence[Placed]) -> None:
