@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from cadenza.decoding.adapters.library import AdapterLibrary
 from cadenza.decoding.adapters.runtime import AdapterRuntime
 from cadenza.decoding.adapters.set import AdapterSet
+from cadenza.decoding.adapters.start import load_modules
 from cadenza.decoding.adapters.weights import EngineWeights
 from cadenza.decoding.admission import admit
 from cadenza.decoding.assembly import Assembly, assemble
@@ -119,6 +120,11 @@ class Engine:
         """What requests may name; None: the engine takes no adapters."""
         if assembly.adapters is not None:
             self.adapters = self._library(assembly.adapters)
+            try:
+                load_modules(self.adapters, config.lora_modules)
+            except BaseException:
+                self.close()
+                raise
         log.info("engine ready: %s", self.description)
 
     @classmethod
