@@ -293,6 +293,7 @@ def main() -> None:
     print(f"trained in {time.perf_counter() - start:.0f} s")
 
     saved = PeftModel.from_pretrained(model.unload(), options.output).eval()
+    torch.manual_seed(options.seed)
     measure(saved, tokenizer, 1, do_sample=False)
     measure(saved, tokenizer, 5, do_sample=True, temperature=1.0, top_p=1.0, top_k=0)
 
