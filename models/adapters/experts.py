@@ -12,6 +12,7 @@ from cadenza.models.adapters.arrays import as_tensor, scaled, transposed
 from cadenza.models.adapters.files import CONFIG
 from cadenza.models.adapters.keys import Group
 from cadenza.models.adapters.low_rank import Terms, checked_rank, targeted_parameters
+from cadenza.models.adapters.per_expert import take_per_expert
 from cadenza.models.adapters.saved import Vocabulary, take_parameter
 from cadenza.models.errors import ModelError
 
@@ -22,27 +23,40 @@ def module_change(group: Group, terms: Terms, vocabulary: Vocabulary) -> ModuleC
         for name in group.site.shapes
         if (value := take_parameter(group, name, vocabulary)) is not None
     }
-    return ModuleChange(values, _wrapped(group, terms))
+    low_rank = _wrapped(group, terms) | take_per_expert(group, terms)
+    if (values or low_rank) and any(name.startswith(f"{group.name}.") for name in vocabulary.layout.sites):
+        raise ModelError(
+            f"parameters of {group.name} cannot be changed: the module is made of other layers, too"
+        )
+    return ModuleChange(values, low_rank)
 
 
 def _wrapped(group: Group, terms: Terms) -> dict[str, LowRank]:
     names = targeted_parameters(group, terms.config)
     found = {}
+    if not names and len(group.site.shapes.get("weight", ())) == 2:  # a router that was a linear layer once
+        pair = group.take_pair("lora_A.weight", "lora_B.weight")
+        if pair is not None:
+            found["weight"] = _parameter_low_rank(group, "weight", group.trained_name, *pair, terms)
     for depth, name in enumerate(
         reversed(names)
     ):  # the parameter that comes first was wrapped first: innermost
         inside = "base_layer." * depth
         pair = group.take_pair(f"{inside}lora_A.weight", f"{inside}lora_B.weight")
         if pair is not None:
-            found[name] = _parameter_low_rank(group, name, *pair, terms)
+            trained_name = f"{group.trained_name}.{name}"
+            found[name] = _parameter_low_rank(group, name, trained_name, *pair, terms)
     return found
 
 
-def _parameter_low_rank(group: Group, parameter: str, a: Tensor, b: Tensor, terms: Terms) -> LowRank:
+def _parameter_low_rank(
+    group: Group, parameter: str, pattern_name: str, a: Tensor, b: Tensor, terms: Terms
+) -> LowRank:
     """Of a parameter [out, in], [experts, out, in], or [experts, in, out] where the module is transposed. a: [experts ·
     rank, in], expert by expert; b: [out, rank · experts], the experts together."""
     name, shape = f"{group.name}.{parameter}", group.site.shapes[parameter]
-    pattern_name = f"{group.trained_name}.{parameter}"
+    if len(shape) not in (2, 3) or (shape[0] == 1 and len(shape) == 3):
+        raise ModelError(f"{name} of shape {shape} is no matrix, nor one for each of several experts")
     rank, scaling = checked_rank(pattern_name, terms), terms.config.scaling_of(pattern_name)
     num_experts, rows, columns = shape if len(shape) == 3 else (1, *shape)
     is_turned = len(shape) == 3 and group.site.is_transposed

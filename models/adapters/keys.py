@@ -14,6 +14,8 @@ from cadenza.models.errors import ModelError
 _PREFIXES = ("base_model.model.", "base_model.", "")
 _WRAPPERS = frozenset({"model", "language_model", "text_model", "transformer"})
 """Modules around a text model that one class of transformers has and another has not."""
+_RENAMED = {"block_sparse_moe": "mlp"}
+"""Between transformers 4 and 5."""
 
 
 @dataclass(slots=True)
@@ -72,24 +74,16 @@ class _Places:
 
     def find(self, key: str) -> tuple[str, str, str]:
         """(the module's name in the file, in the model, and what follows it)."""
-        for stripped in _without_prefix(key):
-            for trained_name, rest in _splits(stripped):
-                if trained_name in self._names:
-                    return trained_name, trained_name, rest
-        stripped = next(_without_prefix(key))
+        stripped = next(key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix))
         for trained_name, rest in _splits(stripped):
+            if trained_name in self._names:
+                return trained_name, trained_name, rest
             found = self._bare.get(_bare(trained_name), [])
             if len(found) > 1:
                 raise ModelError(f"{stripped} could belong to {found[0]} or to {found[1]} of the model")
             if found:
                 return trained_name, found[0], rest
         raise ModelError(f"{stripped} belongs to no module that the model has")
-
-
-def _without_prefix(key: str) -> Iterator[str]:
-    for prefix in _PREFIXES:
-        if key.startswith(prefix):
-            yield key.removeprefix(prefix)
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
@@ -100,8 +94,8 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _bare(name: str) -> str:
-    """Without the modules around the text model."""
-    parts = name.split(".")
+    """Without the modules around the text model, and with the newer of two names."""
+    parts = [_RENAMED.get(part, part) for part in name.split(".")]
     while len(parts) > 1 and parts[0] in _WRAPPERS:
         parts.pop(0)
     return ".".join(parts)

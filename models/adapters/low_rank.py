@@ -33,9 +33,9 @@ def linear_low_rank(group: Group, terms: Terms, out_features: int) -> LowRank | 
     is_turned = name != group.trained_name and group.site.is_transposed
     rank = checked_rank(name, terms)
     if is_turned:  # a `Conv1D`'s weight as a parameter: peft takes its first dimension for the outputs
-        _check(group.name, a, b, rank, (out_features, in_features), ("output", "input"))
+        check_shapes(group.name, a, b, rank, (out_features, in_features), ("output", "input"))
         return LowRank(transposed(b), scaled(transposed(a), terms.config.scaling_of(name)))
-    _check(group.name, a, b, rank, (in_features, out_features), ("input", "output"))
+    check_shapes(group.name, a, b, rank, (in_features, out_features), ("input", "output"))
     return LowRank(a, scaled(b, terms.config.scaling_of(name)))
 
 
@@ -46,14 +46,14 @@ def embedding_low_rank(group: Group, terms: Terms, num_tokens: int) -> LowRank |
     if pair is not None:
         a, b = pair
         rank = checked_rank(group.trained_name, terms)
-        _check(group.name, a, b, rank, (num_tokens, dim), ("tokens", "output"), stem="lora_embedding_")
+        check_shapes(group.name, a, b, rank, (num_tokens, dim), ("tokens", "output"), stem="lora_embedding_")
         return LowRank(a, scaled(b, terms.config.scaling_of(group.trained_name)))
     name = _pattern_name(group, terms, "weight")
     pair = None if name == group.trained_name else group.take_pair("lora_A.weight", "lora_B.weight")
     if pair is None:
         return None
     a, b = pair  # the table as a parameter: [rank, dim] and [tokens, rank]
-    _check(group.name, a, b, checked_rank(name, terms), (dim, num_tokens), ("input", "tokens"))
+    check_shapes(group.name, a, b, checked_rank(name, terms), (dim, num_tokens), ("input", "tokens"))
     return LowRank(transposed(b), scaled(transposed(a), terms.config.scaling_of(name)))
 
 
@@ -80,7 +80,7 @@ def checked_rank(name: str, terms: Terms) -> int:
     return rank
 
 
-def _check(
+def check_shapes(
     name: str,
     a: Tensor,
     b: Tensor,
