@@ -20,8 +20,8 @@ class AdaptedStack:
     def __init__(
         self, base: Any, changes: Sequence[tuple[Tensor, Tensor, float]], *, is_transposed: bool
     ) -> None:
-        """base: a parameter or an `ExpertStack`; changes: (a [experts, rank, in_features], b [experts, out_features,
-        rank], scale); is_transposed: the parameter is [experts, in_features, out_features]."""
+        """base: a parameter or an `ExpertStack`; changes: (a, b, scale), where b @ a has the parameter's shape;
+        is_transposed: that is [experts, in_features, out_features]."""
         self._base, self._changes, self._is_transposed = base, changes, is_transposed
 
     def __getitem__(self, expert: int | Tensor) -> "_Matrix":
@@ -48,6 +48,6 @@ class _Matrix:
             raise TypeError("experts with adapters lie the other way round than their module multiplies them")
         y = function(x, matrix._base, *args[2:], **(kwargs or {}))
         for a, b, scale in matrix._changes:
-            change = F.linear(F.linear(x, a), b)
+            change = x @ b @ a if matrix._is_transposed else F.linear(F.linear(x, a), b)
             y = y + (change if scale == 1.0 else change * scale)
         return y

@@ -41,6 +41,8 @@ class _Dense:
     gain: Tensor | None
     bias: Tensor | None
     """[out_features] in place of the layer's."""
+    rows: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
+    """(output features, x to their values, bias included), in place of the layer's."""
 
 
 class LinearHook:
@@ -75,9 +77,9 @@ class LinearHook:
             bias = self._base_bias() if bias is None else bias
             self._dense[slot] = _Dense(self._linear(weight, bias), None, None)
             return
-        if change.gain is not None or change.bias is not None:
+        if change.gain is not None or change.bias is not None or change.rows is not None:
             gain, bias = (self._on_device(part) for part in (change.gain, change.bias))
-            self._dense[slot] = _Dense(None, gain, bias)
+            self._dense[slot] = _Dense(None, gain, bias, self._rows(change))
         if change.low_rank is not None:
             self._tables = self._tables or self._make_tables()
             self._tables.put(slot, change.low_rank)
@@ -91,6 +93,14 @@ class LinearHook:
 
     def _set_planes(self, slot: int, count: int) -> None:
         self._planes = (*self._planes[:slot], count, *self._planes[slot + 1 :])
+
+    def _rows(self, change: LinearChange) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+        if change.rows is None:
+            return None
+        ids, values = change.rows
+        bias = self._base_bias() if change.bias is None else self._on_device(change.bias)
+        at = ids.to(self._device)
+        return at, self._linear(values, None if bias is None else bias[at])
 
     def _on_device(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self._device, self._dtype)
@@ -151,7 +161,11 @@ class LinearHook:
         if dense.gain is not None:
             after = after * (1 + dense.gain)
         bias = base_bias if dense.bias is None else dense.bias
-        return after if bias is None else after + bias
+        after = after if bias is None else after + bias
+        if dense.rows is not None:
+            at, layer = dense.rows
+            after = after.index_copy(1, at, layer(x))
+        return after
 
 
 def _weighted(before: Tensor, changes: Sequence[tuple[float, Tensor]]) -> Tensor:
@@ -168,13 +182,15 @@ def _whole(change: LinearChange) -> Tensor:
     """[out_features, in_features]: W' where all of it is there."""
     assert change.weight is not None
     weight = change.weight
-    if change.gain is None and change.low_rank is None:
+    if change.gain is None and change.low_rank is None and change.rows is None:
         return weight
     weight = weight.float()
     if change.gain is not None:
         weight = weight * (1 + change.gain.float())[:, None]
     if change.low_rank is not None:
         weight = weight + change.low_rank.b.float() @ change.low_rank.a.float()
+    if change.rows is not None:
+        weight = weight.index_copy(0, change.rows[0], change.rows[1].float())
     return weight
 
 
