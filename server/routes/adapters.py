@@ -4,6 +4,7 @@ Changes need an admin key where there is one; otherwise they must have been allo
 """
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -22,6 +23,8 @@ from cadenza.server.targets import finished
 
 if TYPE_CHECKING:
     from cadenza.decoding.adapters.library import AdapterInfo, AdapterLibrary
+
+logger = logging.getLogger("cadenza.server")
 
 router = APIRouter()
 
@@ -131,6 +134,7 @@ def _exists(name: str) -> ApiError:
 
 def _success(info: "AdapterInfo", done: str) -> PlainTextResponse:
     """vLLM's text; the generation is what a later `expected_generation` would be."""
+    logger.info("adapter %s %s: generation %d, from %s", info.name, done, info.generation, info.path)
     text = f"Success: LoRA adapter '{info.name}' {done} successfully"
     return PlainTextResponse(text, headers={"x-lora-generation": str(info.generation)})
 
