@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cadenza.decoding.completion import Completion
     from cadenza.decoding.config import EngineConfig
-    from cadenza.decoding.engine import Engine, EngineStats
+    from cadenza.decoding.engine import Engine
     from cadenza.decoding.request import (
         Delta,
         EngineClosed,
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         TokenExplanation,
         TokenLogprob,
     )
+    from cadenza.decoding.stats import EngineStats
     from cadenza.decoding.strategies.spec import BeamSearch, BestOf, ContrastiveSearch
     from cadenza.decoding.stream import RequestStream
     from cadenza.decoding.voting.spec import SelfConsistency
@@ -35,7 +36,7 @@ _HOMES = {
     "Engine": "engine",
     "EngineClosed": "request",
     "EngineConfig": "config",
-    "EngineStats": "engine",
+    "EngineStats": "stats",
     "GenerationRequest": "request",
     "PromptDone": "request",
     "QueueFull": "request",

@@ -79,11 +79,20 @@ def admit(
         root=root,
         seed=seed,
         max_tokens=max_tokens,
-        eos_token_ids=frozenset(model.eos_token_ids),
+        eos_token_ids=_ends(request, model),
         bad_words=_bad_words(tokenizer, params),
         dry=_dry(tokenizer, params),
         num_tokens=num_tokens,
     )
+
+
+def _ends(request: GenerationRequest, model: LoadedModel) -> frozenset[int]:
+    """The tokens that end an answer: the model's, and what an adapter's tokenizer names beside them. A constraint knows
+    only the model's, which are enough, since it decides where its text may end."""
+    own = None if request.adapters is None else request.adapters.tokenizer
+    if own is None or own.eos_token_id is None or request.constraint is not None:
+        return frozenset(model.eos_token_ids)
+    return frozenset({*model.eos_token_ids, own.eos_token_id})
 
 
 def _check_adapters(adapters: AdapterSet, config: EngineConfig) -> None:

@@ -1,84 +1,38 @@
 """The engine: its own thread behind a narrow interface of submit, abort and a stream of events.
 
 `submit` checks a request against the model and queues it; the thread takes new requests and aborts between
-steps, so that an abort frees its blocks before the next forward pass. `generate` and `stream` are the same for
-scripts.
+steps, so that an abort frees its blocks before the next forward pass.
 """
 
 import logging
 import secrets
 import threading
-import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from cadenza.decoding.adapters.library import AdapterLibrary
-from cadenza.decoding.adapters.runtime import AdapterRuntime
-from cadenza.decoding.adapters.set import AdapterSet
-from cadenza.decoding.adapters.start import load_modules
-from cadenza.decoding.adapters.weights import EngineWeights
+from cadenza.decoding.adapters.start import load_modules, open_library
 from cadenza.decoding.admission import admit
 from cadenza.decoding.assembly import Assembly, assemble
-from cadenza.decoding.completion import Completion, Prompt, collect, prompt_token_ids
 from cadenza.decoding.config import EngineConfig
 from cadenza.decoding.constraints.compiler import ConstraintCompiler
-from cadenza.decoding.constraints.constraint import Constraint
-from cadenza.decoding.constraints.spec import constraint_spec
 from cadenza.decoding.constraints.vocabulary import Vocabulary
 from cadenza.decoding.core import EngineCore
 from cadenza.decoding.generation import Generation
-from cadenza.decoding.request import (
-    Delta,
-    EngineClosed,
-    GenerationRequest,
-    QueueFull,
-    RequestError,
-    SamplingParams,
-)
-from cadenza.decoding.strategies.spec import StrategySpec, is_search, search_defaults
+from cadenza.decoding.request import EngineClosed, GenerationRequest, QueueFull, SamplingParams
+from cadenza.decoding.script import ScriptMethods
+from cadenza.decoding.stats import EngineStats, stats_of
 from cadenza.decoding.stream import RequestStream
 from cadenza.models import LoadConfig, LoadedModel, Tokenizer, load_model
-from cadenza.models.adapters.adapter import Adapter
-from cadenza.models.adapters.read import read_adapter
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Adapters = str | Mapping[str, float] | None
-"""An adapter's name, or the scales of several by their names."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    num_running: int
-    """Requests with a branch in the batch."""
-    num_waiting: int
-    kv_cache_usage: float
-    """Share of the blocks that some branch holds, 0 … 1."""
-    prefix_cache_queries: int
-    """Tokens looked up."""
-    prefix_cache_hits: int
-    """Tokens found."""
-    prompt_tokens_total: int
-    generation_tokens_total: int
-    num_preemptions: int
-    spec_decode_num_drafts: int
-    """Times that tokens were drafted for a branch."""
-    spec_decode_num_draft_tokens: int
-    spec_decode_num_accepted_tokens: int
-    running_adapters: tuple[str, ...]
-    """Names that requests with a branch in the batch have asked for, each once."""
-    waiting_adapters: tuple[str, ...]
-    """Those of branches that wait."""
-
-
-class Engine:
+class Engine(ScriptMethods):
     """Serves one model. Raises `ModelError` where the model or the configuration cannot work.
 
     Takes the model over: its attention and, on a CPU, its linear layers are replaced in place.
@@ -119,7 +73,7 @@ class Engine:
         self.adapters: AdapterLibrary | None = None
         """What requests may name; None: the engine takes no adapters."""
         if assembly.adapters is not None:
-            self.adapters = self._library(assembly.adapters)
+            self.adapters = open_library(assembly.adapters, self._call, model, config)
             try:
                 load_modules(self.adapters, config.lora_modules)
             except BaseException:
@@ -191,103 +145,14 @@ class Engine:
                 self._aborted.append(generation)
                 self._changed.notify_all()
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        constraint: Any = None,
-        strategy: StrategySpec | None = None,
-        adapter: Adapters = None,
-        explain: bool = False,
-        **sampling: Any,
-    ) -> Completion:
-        """The whole answer. prompt: text, token ids, or chat messages; sampling: fields of SamplingParams.
-
-        constraint: what the answer must be: a ConstraintSpec, one of outlines' types, a pydantic model, a Python
-        type, or a JSON schema as a dict. Raises ConstraintError where that cannot be enforced.
-        strategy: BeamSearch, ContrastiveSearch, BestOf or SelfConsistency. adapter: a name among `adapters`, or names
-        with their scales. explain: say of every token why it came.
-        """
-        return self.generate_batch(
-            [prompt], constraint=constraint, strategy=strategy, adapter=adapter, explain=explain, **sampling
-        )[0]
-
-    def generate_batch(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        constraint: Any = None,
-        strategy: StrategySpec | None = None,
-        adapter: Adapters = None,
-        explain: bool = False,
-        **sampling: Any,
-    ) -> list[Completion]:
-        """The answers to several prompts, computed together."""
-        with self._acquired(adapter) as adapters:
-            shared = self._shared(sampling, constraint, strategy, adapters, explain=explain)
-            streams = [self.submit(self._request(prompt, shared)) for prompt in prompts]
-        return [collect(stream, shared["sampling"].n) for stream in streams]
-
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        constraint: Any = None,
-        strategy: StrategySpec | None = None,
-        adapter: Adapters = None,
-        **sampling: Any,
-    ) -> Iterator[str]:
-        """The text of the answer, piece by piece. Leaving the loop early stops the request."""
-        with self._acquired(adapter) as adapters:
-            shared = self._shared({**sampling, "n": 1}, constraint, strategy, adapters, explain=False)
-            stream = self.submit(self._request(prompt, shared))
-        try:
-            for event in stream:
-                if isinstance(event, Delta) and event.text:
-                    yield event.text
-        finally:
-            stream.abort()
-
-    @contextmanager
-    def _acquired(self, adapter: Adapters) -> Iterator[AdapterSet | None]:
-        """The adapters of these names, for as long as the block lasts."""
-        if not adapter:
-            yield None
-            return
-        if self.adapters is None:
-            raise RequestError("this engine takes no adapters: enable_lora is off", "lora")
-        terms = [(adapter, 1.0)] if isinstance(adapter, str) else list(adapter.items())
-        adapters = self.adapters.acquire(terms).result()
-        try:
-            yield adapters
-        finally:
-            adapters.release()
-
-    def _shared(
-        self,
-        sampling: dict[str, Any],
-        constraint: Any,
-        strategy: StrategySpec | None,
-        adapters: AdapterSet | None,
-        *,
-        explain: bool,
-    ) -> dict[str, Any]:
-        """The fields that the requests of one call have in common."""
-        defaults = self.model.sampling_defaults
-        if is_search(strategy):
-            defaults = search_defaults(defaults)
-        return {
-            "sampling": SamplingParams(**{**defaults, **sampling}),
-            "constraint": self._constraint(constraint),
-            "strategy": strategy,
-            "adapters": adapters,
-            "explain": explain,
-        }
-
-    def _constraint(self, constraint: Any) -> Constraint | None:
-        if constraint is None:
-            return None
-        return self.constraints.compile(constraint_spec(constraint)).result()
+    def _call(self, function: Callable[[], Result]) -> "Future[Result]":
+        """Run it on the engine's thread, between two steps."""
+        future: Future[Result] = Future()
+        with self._changed:
+            self._require_open()
+            self._calls.append((function, future))
+            self._changed.notify_all()
+        return future
 
     def _vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
         """Without and with the model's added tokens as text."""
@@ -298,66 +163,10 @@ class Engine:
         )
         return plain, plain if with_added.fingerprint == plain.fingerprint else with_added
 
-    def _request(self, prompt: Prompt, shared: dict[str, Any]) -> GenerationRequest:
-        adapters: AdapterSet | None = shared["adapters"]
-        own = None if adapters is None else adapters.tokenizer
-        return GenerationRequest(
-            request_id=uuid.uuid4().hex,
-            prompt_token_ids=prompt_token_ids(own or self.tokenizer, prompt),
-            **shared,
-        )
-
-    # adapters
-
-    def _library(self, runtime: AdapterRuntime) -> AdapterLibrary:
-        weights = EngineWeights(runtime.weights, runtime.layout, self._call)
-
-        def read(path: str) -> Adapter:
-            return read_adapter(
-                Path(path),
-                runtime.layout,
-                weights,
-                self.tokenizer,
-                max_rank=self.config.max_lora_rank,
-                fingerprint=self.model.fingerprint,
-            )
-
-        def warm(adapter: Adapter) -> None:
-            self._call(partial(runtime.warm, adapter)).result()
-
-        return AdapterLibrary(read, max_in_memory=self.config.adapters_in_memory, warm=warm)
-
-    def _call(self, function: Callable[[], Result]) -> "Future[Result]":
-        """Run it on the engine's thread, between two steps."""
-        future: Future[Result] = Future()
-        with self._changed:
-            self._require_open()
-            self._calls.append((function, future))
-            self._changed.notify_all()
-        return future
-
     # state
 
     def stats(self) -> EngineStats:
-        core = self._core
-        in_batch, in_line = list(core.scheduler.running), list(core.scheduler.waiting)
-        running = {branch.order[1] for branch in in_batch}
-        waiting = {branch.order[1] for branch in in_line} - running
-        return EngineStats(
-            num_running=len(running),
-            num_waiting=len(waiting) + len(self._inbox),
-            kv_cache_usage=core.pool.num_held / core.pool.num_blocks,
-            prefix_cache_queries=core.scheduler.prefix_cache_queries,
-            prefix_cache_hits=core.scheduler.prefix_cache_hits,
-            prompt_tokens_total=core.tokens.prompt,
-            generation_tokens_total=core.tokens.generated,
-            num_preemptions=core.scheduler.num_preemptions,
-            spec_decode_num_drafts=core.speculation.num_drafts,
-            spec_decode_num_draft_tokens=core.speculation.num_draft_tokens,
-            spec_decode_num_accepted_tokens=core.speculation.num_accepted_tokens,
-            running_adapters=_named(branch.adapters for branch in in_batch),
-            waiting_adapters=_named(branch.adapters for branch in in_line),
-        )
+        return stats_of(self._core, len(self._inbox))
 
     def _num_waiting(self) -> int:
         return len({branch.order[1] for branch in list(self._core.scheduler.waiting)})
@@ -468,7 +277,3 @@ def _answer(function: Callable[[], Any], future: "Future[Any]") -> None:
         future.set_exception(error)
     else:
         future.set_result(value)
-
-
-def _named(sets: Iterable[AdapterSet | None]) -> tuple[str, ...]:
-    return tuple(sorted({name for adapters in sets if adapters is not None for name in adapters.names}))

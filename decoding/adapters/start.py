@@ -1,13 +1,47 @@
-"""The adapters that are there from the start. They are the operator's own: they may come from anywhere."""
+"""An engine's library of adapters, and those that are there from the start.
+
+The latter are the operator's own: they may come from anywhere.
+"""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from cadenza.decoding.adapters.library import AdapterInfo, AdapterLibrary
 from cadenza.decoding.adapters.module import LoraModule
+from cadenza.decoding.adapters.runtime import AdapterRuntime
+from cadenza.decoding.adapters.weights import Call, EngineWeights
+from cadenza.decoding.config import EngineConfig
 from cadenza.decoding.request import RequestError
+from cadenza.models import LoadedModel
+from cadenza.models.adapters.adapter import Adapter
 from cadenza.models.adapters.locate import locate_trusted
+from cadenza.models.adapters.read import read_adapter
 from cadenza.models.errors import ModelError
+
+
+def open_library(
+    runtime: AdapterRuntime, call: Call[Any], model: LoadedModel, config: EngineConfig
+) -> AdapterLibrary:
+    """call: runs a function on the engine's thread, where the model computes."""
+    weights = EngineWeights(runtime.weights, runtime.layout, call)
+
+    def read(path: str) -> Adapter:
+        return read_adapter(
+            Path(path),
+            runtime.layout,
+            weights,
+            model.tokenizer,
+            max_rank=config.max_lora_rank,
+            fingerprint=model.fingerprint,
+        )
+
+    def warm(adapter: Adapter) -> None:
+        call(partial(runtime.warm, adapter)).result()
+
+    return AdapterLibrary(read, max_in_memory=config.adapters_in_memory, warm=warm)
 
 
 def load_modules(library: AdapterLibrary, modules: Sequence[LoraModule]) -> None:
