@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from cadenza.models.adapters.adapter import Adapter, EmbeddingChange, LinearChange, LowRank, ModuleChange
-from cadenza.models.adapters.layout import layout_of
+from cadenza.models.adapters.layout import Layout, layout_of
 from cadenza.models.adapters.read import read_adapter
 from cadenza.models.tokenizer import Tokenizer
 
@@ -124,10 +124,10 @@ def _tiny(name: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(11)
     config._experts_implementation = "eager"
     kind = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
-    model = getattr(transformers, kind)(config).to(dtype).eval().requires_grad_(False)
+    model = getattr(transformers, kind)(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    return model
+    return model.to(dtype)
 
 
 @pytest.fixture(scope="session")
@@ -172,10 +172,17 @@ def make_tokenizer() -> Callable[..., Any]:
 def read(tiny_tokenizer: Tokenizer) -> Callable[..., Adapter]:
     """read(folder, module): for that model."""
 
-    def call(folder: Path, module: Any, *, max_rank: int = 64, fingerprint: str = "model") -> Adapter:
+    def call(
+        folder: Path,
+        module: Any,
+        *,
+        max_rank: int = 64,
+        fingerprint: str = "model",
+        layout: Layout | None = None,
+    ) -> Adapter:
         return read_adapter(
             folder,
-            layout_of(module),
+            layout or layout_of(module),
             ModuleWeights(module),
             tiny_tokenizer,
             max_rank=max_rank,
