@@ -1,0 +1,234 @@
+"""Adapters through a live server over a small random model: who gets which, and swaps while requests run.
+
+What each must say is what an engine says of it alone, one request at a time.
+"""
+
+import asyncio
+import dataclasses
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cadenza.decoding import Engine, EngineConfig
+from cadenza.decoding.adapters.library import AdapterLibrary
+from cadenza.decoding.adapters.module import LoraModule
+from cadenza.models import LoadedModel
+from cadenza.models.adapters.locate import AdapterSources
+from cadenza.server.http_server import DrainingServer
+from cadenza.server.service import ServerSettings, Service
+
+ADMIN = {"authorization": "Bearer admin"}
+PROMPT = "Once upon a time there was a small adapter. " * 9
+"""Longer than a tile, so that its beginning comes from the prefix cache where that has it."""
+FIELDS = {"prompt": PROMPT, "temperature": 0.9, "seed": 5, "max_tokens": 12, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def small(smollm2: LoadedModel) -> LoadedModel:
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        vocab_size=smollm2.config.vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        eos_token_id=smollm2.eos_token_ids[0],
+    )
+    module = LlamaForCausalLM(config).eval().requires_grad_(False)
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return dataclasses.replace(smollm2, name="small", module=module, config=config, max_model_len=256)
+
+
+@pytest.fixture(scope="module")
+def folders(
+    small: LoadedModel, make_adapter: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Adapters of four kinds, made by peft before any layer of the model is replaced."""
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, (name, kind) in enumerate({"a": "lora", "b": "dora", "c": "rslora", "d": "lora_bias"}.items()):
+        make_adapter(small.module, root / name, kind, seed, scale=0.5)
+    return root
+
+
+@pytest.fixture(scope="module")
+def engine(small: LoadedModel, folders: Path) -> Iterator[Engine]:
+    modules = tuple(LoraModule(name, str(folders / name)) for name in "ab")
+    config = EngineConfig(
+        kv_cache_memory_gb=0.05, enable_lora=True, lora_modules=modules, max_loras=2, max_cpu_loras=4
+    )
+    with Engine(small, config) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def url(engine: Engine, folders: Path) -> Iterator[str]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    settings = ServerSettings(admin_api_keys=("admin",), adapter_sources=AdapterSources((folders,)))
+    server = DrainingServer(Service(loaded=engine, settings=settings))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="adapters-server")
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.stop()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def alone(engine: Engine) -> Callable[[Mapping[str, float]], str]:
+    """The text of `FIELDS` with these adapters, whose contents are those that their names have now."""
+
+    def say(adapters: Mapping[str, float]) -> str:
+        sampling = {name: value for name, value in FIELDS.items() if name != "prompt"}
+        return engine.generate(PROMPT, adapter=dict(adapters), **sampling).text
+
+    return say
+
+
+def library_of(engine: Engine) -> AdapterLibrary:
+    assert engine.adapters is not None
+    return engine.adapters
+
+
+async def ask(client: httpx.AsyncClient, *, stream: bool = False, **fields: Any) -> str:
+    body = {**FIELDS, **fields, "stream": stream}
+    response = await client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    if not stream:
+        text: str = response.json()["choices"][0]["text"]
+        return text
+    frames = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    assert frames.pop() == "[DONE]"
+    return "".join(json.loads(frame)["choices"][0]["text"] for frame in frames)
+
+
+WAYS: list[tuple[dict[str, Any], dict[str, float]]] = [
+    ({}, {}),
+    ({"model": "small"}, {}),
+    ({"model": "a"}, {"a": 1.0}),
+    ({"model": "small:b"}, {"b": 1.0}),
+    ({"lora": [{"id": "a", "scale": 0.5}]}, {"a": 0.5}),
+    ({"lora": [{"id": 1, "scale": -1.0}]}, {"b": -1.0}),
+    ({"lora": [{"id": "b", "scale": 0.5}, {"id": "a", "scale": 0.75}]}, {"a": 0.75, "b": 0.5}),
+    ({"model": "a", "lora": [{"id": "b", "scale": 0.25}]}, {"a": 1.0, "b": 0.25}),
+    ({"model": "a", "lora": [{"id": "b", "scale": 0.0}]}, {"a": 1.0}),
+]
+
+
+def test_a_batch_of_all_ways_to_name_adapters(url: str, alone: Callable[[Mapping[str, float]], str]) -> None:
+    async def together() -> list[str]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            calls = [ask(client, stream=stream, **fields) for stream in (False, True) for fields, _ in WAYS]
+            return await asyncio.gather(*calls)
+
+    expected = [alone(adapters) for _, adapters in WAYS]
+    assert len(set(expected)) == 7, "each set says something of its own"
+    assert asyncio.run(together()) == expected * 2
+
+
+def test_swaps_under_load(
+    url: str,
+    engine: Engine,
+    folders: Path,
+    alone: Callable[[Mapping[str, float]], str],
+    eventually: Callable[..., None],
+) -> None:
+    """No request fails, each is wholly of one content, and of one that the name stood for while it ran."""
+    library = library_of(engine)
+    before = {info.name: (info.generation, info.num_users) for info in library.list()}
+    texts: dict[str, str] = {}
+    for content in "abcd":
+        library.load("probe", str(folders / content), in_place=True).result()
+        texts[content] = alone({"probe": 1.0})
+    library.unload("probe")
+    assert len(set(texts.values())) == 4
+
+    published = ["a"]
+    """What the name has stood for, in order. It may still stand for the last but one: the last is being loaded."""
+    num_answers = 0
+    has_answered, is_over = asyncio.Event(), asyncio.Event()
+
+    async def change(client: httpx.AsyncClient, verb: str, **fields: Any) -> int:
+        body = {"lora_name": "swapped", **fields}
+        response = await client.post(f"/v1/{verb}_lora_adapter", json=body, headers=ADMIN)
+        assert response.status_code == 200, response.text
+        return int(response.headers["x-lora-generation"])
+
+    async def manage(client: httpx.AsyncClient, generation: int) -> None:
+        for number in range(24):
+            has_answered.clear()
+            if number % 3 == 2:
+                published.append(published[-2])
+                changed = await change(client, "rollback", expected_generation=generation)
+            else:
+                published.append("abcd"[("abcd".index(published[-1]) + 1) % 4])
+                changed = await change(
+                    client, "load", lora_path=published[-1], expected_generation=generation
+                )
+            assert changed == generation + 1
+            generation = changed
+            await has_answered.wait()
+        is_over.set()
+
+    async def use(client: httpx.AsyncClient, stream: bool) -> None:
+        nonlocal num_answers
+        while not is_over.is_set():
+            first = max(0, len(published) - 2)
+            text = await ask(client, stream=stream, model="swapped")
+            assert text in {texts[content] for content in published[first:]}
+            num_answers += 1
+            has_answered.set()
+
+    async def run() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            generation = await change(client, "load", lora_path="a")
+            others = [ask(client), ask(client, model="b")]
+            users = [use(client, stream=bool(number % 2)) for number in range(6)]
+            answers = await asyncio.gather(manage(client, generation), *users, *others)
+            assert answers[-2:] == [alone_base, texts["b"]]
+            assert await ask(client, model="swapped") == texts[published[-1]]
+            await change(client, "unload")
+
+    alone_base = alone({})
+    asyncio.run(run())
+    assert num_answers >= 24
+    # the engine lets go when it has told the end of a request, a moment later
+    eventually(lambda: {info.name: (info.generation, info.num_users) for info in library.list()} == before)
+
+
+def test_more_adapters_than_slots_and_memory(
+    url: str,
+    engine: Engine,
+    folders: Path,
+    alone: Callable[[Mapping[str, float]], str],
+    eventually: Callable[..., None],
+) -> None:
+    """Six names over four contents, two slots, four places in memory: all are served, each its own."""
+    library = library_of(engine)
+    names = {name: name for name in "abcd"} | {"a2": "a", "c2": "c"}
+    for name, content in names.items():
+        if name not in "ab":
+            library.load(name, str(folders / content)).result()
+    expected = {name: alone({name: 1.0}) for name in names}
+    assert len(set(expected.values())) == 4
+    assert expected["a2"] == expected["a"]
+
+    async def together() -> list[str]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            return await asyncio.gather(*(ask(client, model=name) for _ in range(2) for name in names))
+
+    assert asyncio.run(together()) == list(expected.values()) * 2
+    for name in names:
+        if name not in "ab":
+            library.unload(name)
+    eventually(lambda: [info.num_users for info in library.list()] == [0, 0])
