@@ -26,6 +26,7 @@ class HostMemory:
         self._contents: dict[str, _Content] = {}  # by digest, the least recently asked for first
         self._wanted: Collection[str] = frozenset()
         self._pinned: Collection[str] = frozenset()
+        self._newest: str | None = None
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._contents
@@ -39,8 +40,10 @@ class HostMemory:
         return sum(self._is_staying(digest) for digest in self._contents)
 
     def add(self, adapter: "Adapter") -> None:
-        """It lies there until the next `trim`, unless it is held by then. Of equal contents the first one stays."""
-        self._contents.setdefault(adapter.digest, _Content(adapter))
+        """To be followed by `trim` or `keep`. Of equal contents the first one stays."""
+        if adapter.digest not in self._contents:
+            self._contents[adapter.digest] = _Content(adapter)
+            self._newest = adapter.digest
         self._touch(adapter.digest)
 
     def find(self, digest: str) -> "Adapter | None":
@@ -63,18 +66,18 @@ class HostMemory:
         if not content.num_users:
             self.trim()
 
-    def keep(self, wanted: Collection[str], pinned: Collection[str], *, spare: str | None = None) -> None:
+    def keep(self, wanted: Collection[str], pinned: Collection[str]) -> None:
         """wanted: whatever a name stands for, or could be rolled back to; of these, pinned: whatever must stay."""
         self._wanted, self._pinned = wanted, pinned
-        self.trim(spare=spare)
+        self.trim()
 
-    def trim(self, *, spare: str | None = None) -> None:
-        """Let go of what is not wanted, and of what is too much; spare: not of this one, now."""
-        idle = [digest for digest in self._contents if not self._is_staying(digest) and digest != spare]
+    def trim(self) -> None:
+        """Let go of what is not wanted, and of what is too much; the newest is not: it has come to be asked for."""
+        idle = [digest for digest in self._contents if not self._is_staying(digest)]
         gone = [digest for digest in idle if digest not in self._wanted]
-        idle = [digest for digest in idle if digest in self._wanted]
+        rest = [digest for digest in idle if digest in self._wanted and digest != self._newest]
         num_beyond = len(self._contents) - len(gone) - self.capacity
-        for digest in gone + idle[: max(0, num_beyond)]:
+        for digest in gone + rest[: max(0, num_beyond)]:
             del self._contents[digest]
 
     def num_lacking(self, *, is_request: bool) -> int:

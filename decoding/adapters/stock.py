@@ -140,7 +140,7 @@ class Stock:
         self.names.check_pins(change.name, content.digest, change.pin, self.memory.capacity)
         self.names.publish(change.name, content, change.pin)
         self.memory.add(adapter)
-        self.memory.keep(self.names.wanted, self.names.pinned, spare=content.digest)
+        self.memory.keep(self.names.wanted, self.names.pinned)
         return self.info(change.name)
 
     def remove(self, name: str) -> None:

@@ -18,6 +18,10 @@ from cadenza.models.adapters.adapter import Adapter, LinearChange, LowRank
 SECONDS = 30.0  # no test waits so long unless it fails
 
 
+class Tracked(Adapter):
+    """Can be referred to weakly: it has no slots."""
+
+
 class Gate:
     """Holds a read up: it has come once `reached` is set, and goes on when `opened` is."""
 
@@ -75,7 +79,7 @@ class Shelf:
             raise ModelError("adapter_model.safetensors is no safetensors file") from error
         change = LinearChange(LowRank(tensors["a"], tensors["b"]))
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        return Adapter(hashlib.sha256(data).hexdigest(), {"layer": change}, 2, num_bytes)
+        return Tracked(hashlib.sha256(data).hexdigest(), {"layer": change}, 2, num_bytes)
 
 
 @pytest.fixture
@@ -98,3 +102,38 @@ def make_library(shelf: Shelf) -> Iterator[Callable[..., AdapterLibrary]]:
         gate.opened.set()
     for library in made:
         library.close()
+
+
+@pytest.fixture
+def make_library_by_hand(
+    make_library: Callable[..., AdapterLibrary],
+) -> Callable[..., tuple[AdapterLibrary, Callable[[], None]]]:
+    """Libraries without threads, each with a function that does all that the loading thread would before it waits."""
+
+    def make(**settings: Any) -> tuple[AdapterLibrary, Callable[[], None]]:
+        library = make_library(**settings)
+        library._threads.start = lambda: None  # type: ignore[method-assign]
+
+        def work() -> None:
+            while True:
+                with library._changed:
+                    todo = library._threads._next_work()
+                if todo is None:
+                    return
+                todo()
+
+        return library, work
+
+    return make
+
+
+@pytest.fixture
+def least_memory() -> Callable[[Path, EngineConfig], str]:
+    """What a refusal says would be enough for a model in that folder, and a little more, as it is rounded."""
+
+    def ask(folder: Path, config: EngineConfig) -> str:
+        with pytest.raises(ModelError, match="does not fit into a max_memory") as refusal:
+            Engine.load(str(folder), LoadConfig(device="cpu", max_memory="1MiB"), config)
+        return f"{float(str(refusal.value).partition('at least ')[2].split()[0]) + 0.06}MiB"
+
+    return ask

@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 
-from cadenza.decoding.adapters.errors import AdapterRefused, GenerationMismatch, PathNotAllowed, UnknownAdapter
+from cadenza.decoding.adapters.errors import (
+    AdapterRefused,
+    GenerationMismatch,
+    PathNotAllowed,
+    UnknownAdapter,
+)
 from cadenza.decoding.adapters.library import AdapterInfo, AdapterLibrary
 from cadenza.decoding.adapters.set import AdapterSet
 from cadenza.decoding.request import EngineClosed, RequestError
@@ -36,7 +41,12 @@ def test_a_loaded_adapter_is_told_of_and_can_be_had(shelf: Any, make_library: Ma
     assert library.list() == [info]
     assert (info.name, info.generation, info.path, info.base_model_name) == ("bot", 1, path, "base")
     assert (info.digest, info.rank, info.num_bytes) == (shelf.digest(1), 2, (2 * 3 + 4 * 2) * 4)
-    assert (info.is_pinned, info.is_in_memory, info.num_users, info.previous_generation) == (False, True, 0, None)
+    assert (info.is_pinned, info.is_in_memory, info.num_users, info.previous_generation) == (
+        False,
+        True,
+        0,
+        None,
+    )
     held = acquire(library, "bot")
     assert digests(held) == [info.digest]
     assert held.names == ("bot",)
@@ -69,7 +79,9 @@ def test_a_name_is_not_taken_twice_unless_it_is_said(shelf: Any, make_library: M
     assert load(library, "new", shelf.write("one", 1), in_place=True).generation == 1
 
 
-def test_a_name_stands_for_its_old_generation_until_the_new_one_is_ready(shelf: Any, make_library: Make) -> None:
+def test_a_name_stands_for_its_old_generation_until_the_new_one_is_ready(
+    shelf: Any, make_library: Make
+) -> None:
     """Read and warm: at each of these moments requests are given the old one."""
     warming = threading.Event()
     may_go_on = threading.Event()
