@@ -85,10 +85,9 @@ class AdapterRuntime:
                 self._attach(name, self._module.get_submodule(name))
             self._hooks[name].put(slot, change)
 
-    def _clear(self, slot: int, adapter: Adapter) -> None:
-        for name in adapter.changes:
-            if name in self._hooks:
-                self._hooks[name].clear(slot)
+    def _clear(self, slot: int) -> None:
+        for hook in self._hooks.values():
+            hook.clear(slot)
 
     def _make_hook(self, name: str) -> SiteHook:
         site = self.layout.sites[name]

@@ -87,9 +87,9 @@ class LinearHook:
 
     def clear(self, slot: int) -> None:
         self._dense.pop(slot, None)
-        if self._tables is not None:
+        if self._tables is not None and self._planes[slot]:
             self._tables.clear(slot)
-        self._set_planes(slot, 0)
+            self._set_planes(slot, 0)
 
     def _set_planes(self, slot: int, count: int) -> None:
         self._planes = (*self._planes[:slot], count, *self._planes[slot + 1 :])

@@ -1,7 +1,7 @@
 """Which adapters lie where the device computes with them: a fixed number of slots, given away by least recent use.
 
 A slot is held as long as a branch in the batch uses its adapter. Knows digests and counts; what is in a slot is for
-`put` and `clear` to say.
+`put` and `clear` to say. Adapters themselves are not kept: host memory has a bound of its own.
 """
 
 from collections import Counter, OrderedDict
@@ -15,12 +15,12 @@ class AdapterSlots:
     """On the engine's thread only."""
 
     def __init__(
-        self, num_slots: int, put: Callable[[int, Adapter], None], clear: Callable[[int, Adapter], None]
+        self, num_slots: int, put: Callable[[int, Adapter], None], clear: Callable[[int], None]
     ) -> None:
         self.num_slots = num_slots
         self._put, self._clear = put, clear
         self._free = list(range(num_slots - 1, -1, -1))
-        self._slots: OrderedDict[str, tuple[int, Adapter]] = OrderedDict()  # least recently used first
+        self._slots: OrderedDict[str, int] = OrderedDict()  # by digest, least recently used first
         self._users: Counter[str] = Counter()
 
     @property
@@ -29,7 +29,7 @@ class AdapterSlots:
 
     def slot_of(self, adapter: Adapter) -> int:
         """Of an adapter that is held."""
-        return self._slots[adapter.digest][0]
+        return self._slots[adapter.digest]
 
     def enter(self, adapters: AdapterSet) -> bool:
         """Hold a slot for each adapter of the set; False, and nothing changes, where there are not enough."""
@@ -45,9 +45,10 @@ class AdapterSlots:
             try:
                 self._put(slot, wanted[digest])
             except BaseException:
+                self._clear(slot)  # it may be there in part
                 self._free.append(slot)
                 raise
-            self._slots[digest] = slot, wanted[digest]
+            self._slots[digest] = slot
         for digest in wanted:
             self._users[digest] += 1
             self._slots.move_to_end(digest)
@@ -61,16 +62,13 @@ class AdapterSlots:
         for term in adapters.terms:
             self._users[term.adapter.digest] -= 1
 
-    def forget(self, adapter: Adapter) -> None:
+    def forget(self, digest: str) -> None:
         """Empty the adapter's slot, unless it is in use or there is none."""
-        if adapter.digest in self._slots and not self._users[adapter.digest]:
-            self._evict(adapter.digest)
-
-    def is_in_use(self, adapter: Adapter) -> bool:
-        return self._users[adapter.digest] > 0
+        if digest in self._slots and not self._users[digest]:
+            self._evict(digest)
 
     def _evict(self, digest: str) -> None:
-        slot, adapter = self._slots.pop(digest)
+        slot = self._slots.pop(digest)
         del self._users[digest]
-        self._clear(slot, adapter)
+        self._clear(slot)
         self._free.append(slot)
