@@ -93,10 +93,11 @@ class Targets:
         if model is not None and model not in self._service.model_names:
             if engine.adapters is None:
                 raise model_not_found(model)
-            terms.append(_Named(self._without_base(model), 1.0, "model", model))
+            terms.append(_Named(self.adapter_name(model), 1.0, "model", model))
         if lora and engine.adapters is None:
             raise RequestError("lora: this server has no adapters; start it with --enable-lora.", "lora")
-        by_number = {number: info.name for number, info in self.listed()} if lora else {}
+        has_numbers = any(isinstance(term.id, int) for term in lora)
+        by_number = {number: info.name for number, info in self.listed()} if has_numbers else {}
         for index, term in enumerate(lora):
             name = (
                 term.id if isinstance(term.id, str) else by_number.get(term.id, "")
@@ -104,11 +105,6 @@ class Targets:
             terms.append(_Named(name, term.scale, f"lora[{index}].id", str(term.id)))
         _check_number(terms, engine.config.max_loras)
         return terms
-
-    def _without_base(self, model: str) -> str:
-        """`base:name` is `name`; names of adapters have no colons, those of models may."""
-        base, _, name = model.rpartition(":")
-        return name if base in self._service.model_names else model
 
     async def _acquired(self, engine: "Engine", terms: Sequence[_Named]) -> "AdapterSet":
         library = engine.adapters
@@ -147,6 +143,11 @@ class Targets:
         for info in infos:
             self._ids.setdefault(info.name, len(self._ids))
         return sorted(((self._ids[info.name], info) for info in infos), key=lambda entry: entry[0])
+
+    def adapter_name(self, model: str) -> str:
+        """`base:name` is `name`; names of adapters have no colons, those of models may."""
+        base, _, name = model.rpartition(":")
+        return name if base in self._service.model_names else model
 
     def find(self, name: str) -> "tuple[int, AdapterInfo] | None":
         return next((entry for entry in self.listed() if entry[1].name == name), None)

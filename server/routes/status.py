@@ -38,9 +38,10 @@ async def list_models(context: InContext) -> dict[str, Any]:
 
 @router.get("/v1/models/{name:path}")
 async def get_model(name: str, context: InContext) -> dict[str, Any]:
+    adapter = context.targets.adapter_name(name)
     for card in _cards(context):
-        if card["id"] == name:
-            return card
+        if card["id"] == (name if card["parent"] is None else adapter):
+            return {**card, "id": name}
     raise model_not_found(name)
 
 

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
+EMOJI_BOT = Path(__file__).parents[1] / "data" / "emoji_bot"
 CADENZA = [sys.executable, "-m", "cadenza.server.cli"]
 
 
@@ -36,6 +38,8 @@ def process(port: int) -> Iterator[subprocess.Popen[str]]:
         "mine",
         "--shutdown-timeout",
         "60",
+        "--lora-modules",
+        f"emoji={EMOJI_BOT}",
     ]
     environment = {**os.environ, "CADENZA_API_KEY": "secret"}
     with subprocess.Popen(
@@ -63,7 +67,8 @@ def test_serve_from_start_to_end(process: subprocess.Popen[str], port: int) -> N
         assert 503 in seen, "the port answers before the model is there"
         assert client.get("/v1/models").status_code == 401
         client.headers["authorization"] = "Bearer secret"
-        assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
+        cards = client.get("/v1/models").json()["data"]
+        assert [(card["id"], card["parent"]) for card in cards] == [("mine", None), ("emoji", "mine")]
 
         body = {"prompt": "Once", "max_tokens": 20, "temperature": 0, "ignore_eos": True, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as response:
@@ -82,6 +87,7 @@ def test_serve_from_start_to_end(process: subprocess.Popen[str], port: int) -> N
     assert process.returncode == 0
     assert re.search(r"^loaded +in \d+\.\d\d s \(imports .*weights .*engine", output, re.MULTILINE)
     assert re.search(r"^context +\d+ tokens; KV cache for \d+ tokens$", output, re.MULTILINE)
+    assert re.search(r"^adapters +emoji \(rank \d+\), .*; 8 in a step", output, re.MULTILINE)
     assert re.search(rf"^ready +http://127.0.0.1:{port}/v1$", output, re.MULTILINE)
     assert "Traceback" not in errors
 
@@ -102,3 +108,12 @@ def test_a_conversation_whose_first_answer_is_stopped() -> None:
     assert len(story) < 2000
     assert "Paris" in answer
     assert b"Traceback" not in errors
+
+
+def test_a_conversation_with_an_adapter() -> None:
+    command = [*CADENZA, "run", "smollm2", "--temperature", "0", "--lora", str(EMOJI_BOT)]
+    result = subprocess.run(
+        command, input="Someone stole my wallet!\n", capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r"\([a-z]+\)", result.stdout.strip())

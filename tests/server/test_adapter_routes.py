@@ -117,6 +117,9 @@ def test_models_and_their_adapters(admin: Any, open_service: Service, adapters: 
         ("blue", "scripted", "scripted"),
     ]
     assert admin.get("/v1/models/red").json() == cards[1]
+    assert admin.get("/v1/models/scripted:red").json() == {**cards[1], "id": "scripted:red"}
+    for name in ("scripted:green", "other:red", "scripted:scripted", "red:red"):
+        assert admin.get(f"/v1/models/{name}").status_code == 404
     assert {tuple(card) for card in cards} == {tuple(cards[0])}, "cards have the same members"
     load(admin, "org/green", adapters.write("green", "green"))
     assert admin.get("/v1/models/org/green").json()["id"] == "org/green"
