@@ -6,7 +6,10 @@ What each must say is what an engine says of it alone, one request at a time.
 import asyncio
 import dataclasses
 import json
+import os
+import re
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -232,3 +235,26 @@ def test_more_adapters_than_slots_and_memory(
         if name not in "ab":
             library.unload(name)
     eventually(lambda: [info.num_users for info in library.list()] == [0, 0])
+
+
+def test_the_example(url: str) -> None:
+    script = Path(__file__).parents[2] / "examples" / "lora.sh"
+    environment = {**os.environ, "CADENZA_ADMIN_API_KEY": "admin"}
+    result = subprocess.run(
+        ["sh", str(script), url, "c"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    sections = re.split(r"^# .*\n", result.stdout, flags=re.MULTILINE)
+    _, loaded, asked, replaced, refused, listed, gone = sections
+    assert loaded == replaced == "Success: LoRA adapter 'mood' added successfully\n"
+    assert [json.loads(line)["model"] for line in asked.splitlines()] == ["mood", "small"]
+    assert json.loads(refused)["error"]["code"] == "generation_mismatch"
+    assert [entry["generation"] for entry in json.loads(listed)["data"] if entry["name"] == "mood"] == [2]
+    removed, answer = gone.splitlines()
+    assert removed == "Success: LoRA adapter 'mood' removed successfully"
+    assert json.loads(answer)["error"]["code"] == "model_not_found"
