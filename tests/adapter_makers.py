@@ -4,15 +4,12 @@ Loaded by tests/conftest.py, whose fixture `make_adapter` hands it out.
 """
 
 import copy
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 ALL = {"target_modules": "all-linear"}
 KINDS: Mapping[str, Mapping[str, Any]] = {
@@ -51,12 +48,13 @@ def make_adapter(
     seed: int = 0,
     scale: float = 0.1,
     prepare: Callable[[Any], None] | None = None,
-    save_embedding_layers: bool | str = False,
+    save_embedding_layers: bool = False,
 ) -> tuple[Path, Any]:
     """(the folder, peft's model with the adapter on it, unmerged).
 
     module: a transformers model, not packed; it is copied. kind: of `KINDS`, or arguments of LoraConfig. scale: of the
-    random changes. prepare: is given the copy first, as resizing its embeddings.
+    random changes. prepare: is given the copy first, as resizing its embeddings. save_embedding_layers: not "auto",
+    for which peft asks the Hugging Face Hub.
     """
     from peft import LoraConfig, get_peft_model
 

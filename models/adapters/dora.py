@@ -1,7 +1,8 @@
 """DoRA (Liu et al. 2024, arXiv:2402.09353) as a change of W: W' = m / ‖W + BA‖ · (W + BA).
 
-The norms depend on the model's own weights, which are gone through in blocks, in float64. They need no product of the
-size of W: ‖w + bA‖² = ‖w‖² + 2 b · (A w) + b (A Aᵀ) bᵀ for each output row w. Knows no files.
+The norms depend on the model's own weights, which are gone through in blocks. They need no product of the size of W:
+‖w + bA‖² = ‖w‖² + 2 b · (A w) + b (A Aᵀ) bᵀ for each output row w. Sums are in float64, but for A w, which takes nearly
+all of the time: it is in the weights' own precision. Knows no files.
 """
 
 from collections.abc import Iterator
@@ -24,11 +25,12 @@ def linear(
     w = as_array(base.linear(name) if weight is None else weight)
     a, b = as_array(low_rank.a).astype(np.float64), as_array(low_rank.b).astype(np.float64)
     _check(name, magnitude, b.shape[0])
-    square = np.einsum("or,rs,os->o", b, np.einsum("ri,si->rs", a, a), b)
+    square = _square_of_product(b, np.einsum("ri,si->rs", a, a))
+    a = a.astype(w.dtype)
     for rows in _blocks(w.shape[0], w.shape[1]):
-        part = w[rows].astype(np.float64)
-        square[rows] += np.einsum("oi,oi->o", part, part)
-        square[rows] += 2 * np.einsum("or,or->o", b[rows], np.einsum("oi,ri->or", part, a))
+        whole = w[rows].astype(np.float64)
+        square[rows] += np.einsum("oi,oi->o", whole, whole)
+        square[rows] += 2 * np.einsum("or,or->o", b[rows], np.einsum("oi,ri->or", w[rows], a))
     return _with_magnitude(name, low_rank, magnitude, square)
 
 
@@ -39,7 +41,7 @@ def embedding(
     a, b = as_array(low_rank.a).astype(np.float64), as_array(low_rank.b).astype(np.float64)
     num_tokens, dim = a.shape[1], b.shape[0]
     _check(name, magnitude, dim)
-    square = np.einsum("dr,rs,ds->d", b, np.einsum("rt,st->rs", a, a), b)
+    square = _square_of_product(b, np.einsum("rt,st->rs", a, a))
     for rows in _blocks(num_tokens, dim):
         stop = min(rows.stop, num_tokens)
         table = base.embedding(name, rows.start, stop) if weight is None else weight[rows]
@@ -47,6 +49,12 @@ def embedding(
         square += np.einsum("td,td->d", part, part)
         square += 2 * np.einsum("dr,dr->d", b, np.einsum("td,rt->dr", part, a[:, rows]))
     return _with_magnitude(name, low_rank, magnitude, square)
+
+
+def _square_of_product(b: Array, product: Array) -> Array:
+    """b product bᵀ for each row of b; product: [rank, rank]."""
+    square: Array = np.einsum("or,or->o", b, np.einsum("os,rs->or", b, product))
+    return square
 
 
 def _with_magnitude(name: str, low_rank: LowRank, magnitude: Tensor, square: Array) -> tuple[LowRank, Tensor]:

@@ -6,6 +6,7 @@ Knows nothing of what the tensors mean.
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -29,24 +30,29 @@ def read_tensors(folder: Path) -> Mapping[str, Tensor]:
             raise ModelError(f"the adapter has a pickle ({PICKLE}) and no {WEIGHTS}; pickles are not loaded")
         raise ModelError(f"the adapter has no {WEIGHTS}")
     try:
-        places = tensors_of(file)
+        places, size = tensors_of(file), file.stat().st_size
         with file.open("rb") as stream:
-            return {name: _read(stream, name, *places[name]) for name in sorted(places)}
+            return {name: _read(stream, size, name, *places[name]) for name in sorted(places)}
     except ModelError as error:
         raise ModelError(str(error).replace(str(file), WEIGHTS)) from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{WEIGHTS} cannot be read") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"{WEIGHTS} is damaged or cannot be read") from error
 
 
-def _read(stream: object, name: str, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    kind = numpy_dtype(dtype)
+def _read(
+    stream: BinaryIO, size: int, name: str, offset: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Tensor:
+    """size: of the file."""
+    kind, count = numpy_dtype(dtype), prod(shape)
     if kind is None:
         raise ModelError(
             f"{name} has type {dtype}; an adapter's tensors are float64, float32, float16 or bfloat16"
         )
-    stream.seek(offset)  # type: ignore[attr-defined]
-    values = np.fromfile(stream, kind, prod(shape))  # type: ignore[call-overload]
-    if values.size != prod(shape):
+    if min(shape, default=0) < 0 or offset < 0 or offset + count * dtype.itemsize > size:
+        raise ModelError(f"{WEIGHTS} is damaged: {name} of shape {shape} does not fit into it")
+    stream.seek(offset)
+    values = np.fromfile(stream, kind, count)
+    if values.size != count:
         raise ModelError(f"{WEIGHTS} is damaged: it ends within {name}")
     tensor = torch.from_numpy(values.reshape(shape))
     tensor = tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from cadenza.models.offload.stream import StreamedLayer
 from cadenza.models.quantization.base import QuantizedLinear
 from cadenza.models.quantization.embedding import QuantizedEmbedding
 from cadenza.models.quantization.experts import ExpertStack
@@ -53,14 +54,13 @@ class Layout:
 def layout_of(module: Any, elsewhere: Collection[str] = ()) -> Layout:
     """Of a transformers model whose layers are not packed yet. elsewhere: linear layers that are not given every token
     in order."""
-    inside = {
-        id(layer) for part in module.modules() if isinstance(part, ExpertStack) for layer in part.modules()
-    }
-    sites = {
-        name: _site(part, name in elsewhere)
-        for name, part in module.named_modules()
-        if id(part) not in inside and _has_weights(part)
-    }
+    holders = [part for part in module.modules() if isinstance(part, ExpertStack | StreamedLayer)]
+    inside = {id(layer) for holder in holders for layer in holder.modules() if layer is not holder}
+    sites = {}
+    for name, part in module.named_modules():
+        own = part.layer if isinstance(part, StreamedLayer) else part
+        if id(part) not in inside and _has_weights(own):
+            sites[name] = _site(own, name in elsewhere)
     names = {part: name for name, part in module.named_modules()}
     head = module.get_output_embeddings()
     embedding = names[module.get_input_embeddings()]

@@ -233,6 +233,28 @@ def test_a_rank_above_the_servers_is_refused(
     assert read(folder, tiny("llama"), max_rank=4).rank == 4
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": [10**15, 4]}, r"is damaged: x of shape \(1000000000000000, 4\) does not fit into it"),
+        ({"shape": [-4, -4]}, r"is damaged: x of shape \(-4, -4\) does not fit"),
+        ({"shape": ["4", 4]}, "is damaged or cannot be read"),
+        ({"data_offsets": [-400, 64]}, "is damaged"),
+        ({"data_offsets": ["0", 64]}, "is damaged"),
+        ({"dtype": "F8_E4M3"}, "x has type torch.float8_e4m3fn"),
+        ({"dtype": "C128"}, "adapter_model.safetensors holds tensors of type C128"),
+    ],
+)
+def test_headers_that_lie(
+    changes: dict[str, Any], message: str, folder: Path, tiny: Callable[..., Any], read: Callable[..., Any]
+) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]} | changes}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(64)
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        read(folder, tiny("llama"))
+
+
 def test_layers_that_are_not_given_every_token_are_refused(
     folder: Path, tiny: Callable[..., Any], tiny_tokenizer: Tokenizer
 ) -> None:
