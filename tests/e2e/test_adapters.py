@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -137,6 +138,32 @@ def test_a_batch_of_all_ways_to_name_adapters(url: str, alone: Callable[[Mapping
     expected = [alone(adapters) for _, adapters in WAYS]
     assert len(set(expected)) == 7, "each set says something of its own"
     assert asyncio.run(together()) == expected * 2
+
+
+def test_the_official_client(url: str, alone: Callable[[Mapping[str, float]], str]) -> None:
+    sampling: dict[str, Any] = {name: value for name, value in FIELDS.items() if name != "ignore_eos"}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        cards = client.models.list().data
+        assert [(card.id, getattr(card, "parent", "")) for card in cards] == [
+            ("small", None),
+            ("a", "small"),
+            ("b", "small"),
+        ]
+        assert client.models.retrieve("b").id == "b"
+        extra = {"ignore_eos": True, "lora": [{"id": "b", "scale": 0.25}]}
+        answer = client.completions.create(model="a", extra_body=extra, **sampling)
+        assert (answer.model, answer.choices[0].text) == ("a", alone({"a": 1.0, "b": 0.25}))
+        stream = client.completions.create(
+            model="small:a", extra_body={"ignore_eos": True}, stream=True, **sampling
+        )
+        chunks = list(stream)
+        assert {chunk.model for chunk in chunks} == {"small:a"}
+        assert "".join(chunk.choices[0].text for chunk in chunks) == alone({"a": 1.0})
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.completions.create(model="nobody", prompt="x")
+        assert caught.value.code == "model_not_found"
+        with pytest.raises(openai.AuthenticationError):
+            client.post("/unload_lora_adapter", body={"lora_name": "a"}, cast_to=object)
 
 
 def test_swaps_under_load(
