@@ -21,10 +21,10 @@ from cadenza.decoding.speculation.ngram import NgramDrafter
 from cadenza.decoding.speculation.sharing import CPU_COST, GPU_COST
 from cadenza.decoding.speculation.speculator import Speculator
 from cadenza.models import LoadedModel, ModelError
-from cadenza.models.adapters.layout import layout_of
+from cadenza.models.adapters.layout import Layout, layout_of
 from cadenza.models.allocator import large_blocks_apart
 from cadenza.models.memory import available_bytes
-from cadenza.models.packing import can_pack, pack, watch_siblings
+from cadenza.models.packing import can_pack, pack, watch_elsewhere, watch_siblings
 from cadenza.models.sizing import kept_bytes
 
 log = logging.getLogger(__name__)
@@ -45,10 +45,9 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
         _check_vocabulary(model, draft)
         relative_size = draft.num_parameters / model.num_parameters
     kept = {} if model.quantization == "none" else kept_bytes(model.module)
-    layout = layout_of(model.module) if config.enable_lora else None
-    shapes = _replace_layers(model, config.block_size)
+    shapes, layout = _replace_layers(model, config.block_size)
     adapters = None
-    if layout is not None:
+    if config.enable_lora:
         adapters = AdapterRuntime(
             model.module,
             layout,
@@ -58,7 +57,7 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
             max_rank=config.max_lora_rank,
             selects_logits=selects_logits(model.module),
         )
-    draft_shapes = [] if draft is None else _replace_layers(draft, config.block_size)
+    draft_shapes = [] if draft is None else _replace_layers(draft, config.block_size)[0]
     memory = plan_memory(
         demand(
             config,
@@ -124,11 +123,16 @@ def _check_vocabulary(model: LoadedModel, draft: LoadedModel) -> None:
         )
 
 
-def _replace_layers(model: LoadedModel, block_size: int) -> list[LayerShape]:
-    """Put our attention, and on a CPU our linear layers, into the model; prove that it computes the same."""
+def _replace_layers(model: LoadedModel, block_size: int) -> tuple[list[LayerShape], Layout]:
+    """Put our attention, and on a CPU our linear layers, into the model; prove that it computes the same. Returns what
+    each layer keeps in the KV cache, and what adapters may change."""
     module = model.module
-    with watch_siblings(module) as siblings:  # one run only: quantized layers are slow until they are packed
+    with (  # one run only: quantized layers are slow until they are packed
+        watch_siblings(module) as siblings,
+        watch_elsewhere(module, probe.NUM_TOKENS) as elsewhere,
+    ):
         expected = probe.eager_logits(module)
+    layout = layout_of(module, elsewhere)
     with large_blocks_apart():
         packs_floats = can_pack(model.device, model.dtype)
         pack(module, siblings, packs_floats=packs_floats, on_cpu=model.device.type == "cpu")
@@ -136,4 +140,4 @@ def _replace_layers(model: LoadedModel, block_size: int) -> list[LayerShape]:
     if probe.is_quantized(module):
         expected = probe.check_operators(module, expected)
     probe.check(module, shapes, block_size, expected)
-    return shapes
+    return shapes, layout

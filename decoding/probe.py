@@ -31,6 +31,8 @@ _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _FAILURES = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError)
 _OPERATOR_LIMIT = 0.5
 _NUM_PROMPT_TOKENS, _NUM_DECODE_TOKENS = 12, 2
+NUM_TOKENS = _NUM_PROMPT_TOKENS + _NUM_DECODE_TOKENS
+"""Of the trial runs."""
 
 
 def _record_shapes(
@@ -189,7 +191,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 def _tokens(module: Any) -> list[int]:
     vocab_size = module.get_input_embeddings().num_embeddings
-    return [(7919 * i + 13) % vocab_size for i in range(_NUM_PROMPT_TOKENS + _NUM_DECODE_TOKENS)]
+    return [(7919 * i + 13) % vocab_size for i in range(NUM_TOKENS)]
 
 
 def _device(module: Any) -> torch.device:

@@ -28,6 +28,27 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @contextmanager
+def watch_elsewhere(module: nn.Module, num_tokens: int) -> Iterator[set[str]]:
+    """Find, in the forward pass over so many tokens that runs inside the block, linear layers that are not given all of
+    them, once: such as the experts of a mixture. The set, of their names, is filled when the block ends."""
+    elsewhere: set[str] = set()
+    layers = {name: part for name, part in module.named_modules() if _is_linear(part)}
+    given: dict[nn.Module, list[int]] = {part: [] for part in layers.values()}
+    hooks = [
+        part.register_forward_pre_hook(
+            lambda at, args: given[at].append(args[0].numel() // args[0].shape[-1])
+        )
+        for part in given
+    ]
+    try:
+        yield elsewhere
+    finally:
+        for hook in hooks:
+            hook.remove()
+    elsewhere |= {name for name, part in layers.items() if given[part] != [num_tokens]}
+
+
+@contextmanager
 def watch_siblings(module: nn.Module) -> Iterator[list[tuple[nn.Module, list[str]]]]:
     """Find, in the forward pass that runs inside the block, linear layers that are given the same tensor object.
 

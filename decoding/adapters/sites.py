@@ -358,6 +358,8 @@ def _with_changes(module: nn.Module, terms: Sequence[tuple[ModuleChange, float]]
     """The module's own forward, on parameters that are the module's plus Σ scale · difference."""
     shadow = copy.copy(module)
     shadow.__dict__ = dict(module.__dict__)
+    for name in ("forward", "_old_forward"):  # accelerate leaves methods that are bound to the module itself
+        shadow.__dict__.pop(name, None)
     for kind in ("_parameters", "_modules"):
         shadow.__dict__[kind] = dict(module.__dict__[kind])
     names = {name for change, _ in terms for name in (*change.values, *change.low_rank)}
