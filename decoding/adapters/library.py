@@ -8,7 +8,7 @@ memory has let go of is read again from where it came from when it is asked for,
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from cadenza.decoding.adapters.loading import Loading, Read, Warm
@@ -26,16 +26,23 @@ class AdapterLibrary:
     """Safe on any thread. A future that is cancelled gives up the wait: nothing is loaded for it, nothing held."""
 
     def __init__(
-        self, read: Read, *, max_in_memory: int, wait_seconds: float = 60.0, warm: Warm | None = None
+        self,
+        read: Read,
+        *,
+        max_in_memory: int,
+        wait_seconds: float = 60.0,
+        warm: Warm | None = None,
+        forget: Callable[[str], None] | None = None,
     ) -> None:
         """max_in_memory: adapters in host memory, those in use included; beside them lies at most one that is being
         read, or was just published while all others were in use. wait_seconds: how long a request waits for adapters
         that are being loaded, and anything for room. warm: called on the loading thread with an adapter that was read
-        for a name, before the name stands for it."""
+        for a name, before the name stands for it. forget: called with the digest of what no name stands for any more
+        and no request uses, under the lock: it must not wait."""
         if max_in_memory < 1:
             raise ValueError(f"max_in_memory must be at least 1, got {max_in_memory}")
         self._changed = threading.Condition()
-        self._stock = Stock(self._changed, max_in_memory, wait_seconds)
+        self._stock = Stock(self._changed, max_in_memory, wait_seconds, forget)
         self._is_closed = False
         self._threads = LoadingThreads(
             self._changed,

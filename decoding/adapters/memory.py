@@ -3,7 +3,7 @@
 Knows no names, no files and no threads: whoever has it holds a lock.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,10 @@ class HostMemory:
     """Never more than `capacity` adapters, and one beside them: that being read, or the last that was published, if all
     others were in use. What is needed no more goes at once, what could be read again goes for want of room."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, forget: Callable[[str], None] | None = None) -> None:
+        """forget: told the digests of what is neither here nor wanted any more."""
         self.capacity = capacity
+        self._forget = forget or (lambda digest: None)
         self._contents: dict[str, _Content] = {}  # by digest, the least recently asked for first
         self._wanted: Collection[str] = frozenset()
         self._pinned: Collection[str] = frozenset()
@@ -68,8 +70,16 @@ class HostMemory:
 
     def keep(self, wanted: Collection[str], pinned: Collection[str]) -> None:
         """wanted: whatever a name stands for, or could be rolled back to; of these, pinned: whatever must stay."""
+        elsewhere = set(self._wanted).difference(wanted, self._contents)
         self._wanted, self._pinned = wanted, pinned
         self.trim()
+        for digest in elsewhere:
+            self._forget(digest)
+
+    def dismiss(self, digest: str) -> None:
+        """It was read and warmed; whether it has come to stay is known by now."""
+        if digest not in self._contents and digest not in self._wanted:
+            self._forget(digest)
 
     def trim(self) -> None:
         """Let go of what is not wanted, and of what is too much; the newest is not: it has come to be asked for."""
@@ -79,6 +89,8 @@ class HostMemory:
         num_beyond = len(self._contents) - len(gone) - self.capacity
         for digest in gone + rest[: max(0, num_beyond)]:
             del self._contents[digest]
+        for digest in gone:
+            self._forget(digest)
 
     def num_lacking(self, *, is_request: bool) -> int:
         """How many must go that are in use now before one more is read: what a request asks for must fit into the

@@ -5,6 +5,7 @@ The latter are the operator's own: they may come from anywhere.
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from cadenza.decoding.adapters.module import LoraModule
 from cadenza.decoding.adapters.runtime import AdapterRuntime
 from cadenza.decoding.adapters.weights import Call, EngineWeights
 from cadenza.decoding.config import EngineConfig
-from cadenza.decoding.request import RequestError
+from cadenza.decoding.request import EngineClosed, RequestError
 from cadenza.models import LoadedModel
 from cadenza.models.adapters.adapter import Adapter
 from cadenza.models.adapters.locate import locate_trusted
@@ -41,7 +42,11 @@ def open_library(
     def warm(adapter: Adapter) -> None:
         call(partial(runtime.warm, adapter)).result()
 
-    return AdapterLibrary(read, max_in_memory=config.adapters_in_memory, warm=warm)
+    def forget(digest: str) -> None:
+        with suppress(EngineClosed):
+            call(partial(runtime.slots.forget, digest))
+
+    return AdapterLibrary(read, max_in_memory=config.adapters_in_memory, warm=warm, forget=forget)
 
 
 def load_modules(library: AdapterLibrary, modules: Sequence[LoraModule]) -> None:

@@ -5,7 +5,7 @@ Knows no files and no threads: everything here is called under the library's loc
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,17 @@ if TYPE_CHECKING:
 
 
 class Stock:
-    def __init__(self, changed: threading.Condition, capacity: int, wait_seconds: float) -> None:
-        """changed: the lock; notified whenever the loading thread may find something to do."""
+    def __init__(
+        self,
+        changed: threading.Condition,
+        capacity: int,
+        wait_seconds: float,
+        forget: Callable[[str], None] | None = None,
+    ) -> None:
+        """changed: the lock; notified whenever the loading thread may find something to do. forget: of memory."""
         self.changed = changed
         self.names = Names()
-        self.memory = HostMemory(capacity)
+        self.memory = HostMemory(capacity, forget)
         self.waiting = WaitingList()
         self._wait_seconds = wait_seconds
         self._doomed: frozenset[str] = frozenset()
