@@ -31,6 +31,8 @@ def read_tensors(folder: Path) -> Mapping[str, Tensor]:
         raise ModelError(f"the adapter has no {WEIGHTS}")
     try:
         places, size = tensors_of(file), file.stat().st_size
+        if not places:
+            raise ModelError(f"{WEIGHTS} has no tensors")
         with file.open("rb") as stream:
             return {name: _read(stream, size, name, *places[name]) for name in sorted(places)}
     except ModelError as error:

@@ -54,7 +54,7 @@ def _weight_and_rows(
     weight = take_parameter(group, "weight", vocabulary)
     if weight is not None and vocabulary.is_base(group, weight, base):
         weight = None
-    rows = take_rows(group, terms.config, vocabulary.layout, dim)
+    rows = take_rows(group, terms.token_ids, dim)
     if rows is not None and (whole := extended(group, weight, rows, base)) is not None:
         weight, rows = whole, None
     return weight, None if weight is None else weight.shape[0], rows

@@ -3,6 +3,7 @@
 Knows of one module at a time, and nothing of biases, magnitudes or saved weights.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,6 +22,8 @@ class Terms:
 
     config: AdapterConfig
     max_rank: int
+    token_ids: Mapping[str, Sequence[int]]
+    """Of `token_rows.token_ids`."""
 
 
 def linear_low_rank(group: Group, terms: Terms, out_features: int) -> LowRank | None:

@@ -26,7 +26,7 @@ from cadenza.models.adapters.layout import Layout
 from cadenza.models.adapters.linear import embedding_change, linear_change
 from cadenza.models.adapters.low_rank import Terms
 from cadenza.models.adapters.saved import Vocabulary
-from cadenza.models.adapters.token_rows import tie_tokens
+from cadenza.models.adapters.token_rows import token_ids
 from cadenza.models.adapters.tokenizer import files_digest, has_tokenizer, read_tokenizer
 from cadenza.models.adapters.vocabulary import fit_vocabulary
 
@@ -47,10 +47,10 @@ def read_adapter(
     on one core only."""
     config, tensors = read_config(folder), read_tensors(folder)
     groups = group_by_module(tensors, layout)
-    tie_tokens(groups, layout, config)
+    terms = Terms(config, max_rank, token_ids(groups, layout, config))
     changes: dict[str, Change] = {}
     for name in sorted(groups):
-        changes[name] = _change(groups[name], Terms(config, max_rank), base, Vocabulary(layout))
+        changes[name] = _change(groups[name], terms, base, Vocabulary(layout))
         groups[name].check_empty()
     found = read_tokenizer(folder, tokenizer)
     brought = (found or tokenizer).vocab_size if has_tokenizer(folder) else None

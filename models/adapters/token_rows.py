@@ -23,30 +23,45 @@ _DELTA = "token_adapter.trainable_tokens_delta"
 _ORIGINAL = "token_adapter.trainable_tokens_original"
 
 
-def tie_tokens(groups: dict[str, Group], layout: Layout, config: AdapterConfig) -> None:
-    """Give the output layer the embedding's rows, as peft does where the two are tied and it has none of its own."""
-    source, output = groups.get(layout.input_embedding), layout.output_embedding
-    if layout.is_tied and output is not None and source is not None and _DELTA in source.tensors:
+def token_ids(groups: dict[str, Group], layout: Layout, config: AdapterConfig) -> dict[str, Sequence[int]]:
+    """Which tokens the rows are, by the module that has them. Gives the output layer the embedding's rows, as peft does
+    where the two are tied and it has none of its own."""
+    found = {name: _ids(group, layout, config) for name, group in groups.items() if _DELTA in group.tensors}
+    source, output, tokens = layout.input_embedding, layout.output_embedding, config.token_indices
+    if layout.is_tied and output is not None and source in found:
         group = groups.setdefault(output, Group(output, output, layout.sites[output]))
-        group.tensors.setdefault(_DELTA, source.tensors[_DELTA])
-    trained = [group.trained_name for group in groups.values() if _DELTA in group.tensors]
-    tokens = config.token_indices
-    names = tokens if isinstance(tokens, Mapping) else () if tokens is None else [layout.input_embedding]
-    for name in names:
-        if not any(module.endswith(name) for module in trained):
+        group.tensors.setdefault(_DELTA, groups[source].tensors[_DELTA])
+        found[output] = found.get(output) or found[source]
+    for name in tokens if isinstance(tokens, Mapping) else ():
+        if not any(groups[module].trained_name.endswith(name) for module in found):
             raise ModelError(f"{CONFIG} has trainable_token_indices for {name}, the adapter no rows for them")
+    if tokens is not None and not isinstance(tokens, Mapping) and source not in found:
+        raise ModelError(f"{CONFIG} has trainable_token_indices, the adapter no rows for them in {source}")
+    if missing := next((name for name, ids in found.items() if not ids), None):
+        raise ModelError(f"{CONFIG} does not say which tokens the rows of {missing} are")
+    return found
 
 
-def take_rows(group: Group, config: AdapterConfig, layout: Layout, dim: int) -> Rows | None:
-    """(token ids, rows). dim: of a row."""
+def _ids(group: Group, layout: Layout, config: AdapterConfig) -> Sequence[int]:
+    """Empty if the configuration does not say. peft finds a module by the end of its name."""
+    tokens = config.token_indices
+    if not isinstance(tokens, Mapping):
+        return tokens if tokens is not None and group.name == layout.input_embedding else ()
+    found = [ids for name, ids in tokens.items() if group.trained_name.endswith(name)]
+    return found[0] if found and all(ids == found[0] for ids in found) else ()
+
+
+def take_rows(group: Group, ids: Mapping[str, Sequence[int]], dim: int) -> Rows | None:
+    """(token ids, rows). ids: by module; dim: of a row."""
     rows = group.take(_DELTA)
     group.take(_ORIGINAL)
     if rows is None:
         return None
-    ids = _token_ids(group, config, layout)
-    if tuple(rows.shape) != (len(ids), dim):
+    tokens = ids[group.name]
+    if tuple(rows.shape) != (len(tokens), dim):
         raise ModelError(
-            f"{group.name}.{_DELTA} has shape {tuple(rows.shape)}, {CONFIG} and the model make it ({len(ids)}, {dim})"
+            f"{group.name}.{_DELTA} has shape {tuple(rows.shape)}, {CONFIG} and the model make it "
+            f"({len(tokens)}, {dim})"
         )
     if any(rest.startswith("lora_") for rest in group.tensors):
         raise ModelError(f"{group.name} has trained tokens and is adapted, too; that is two meanings")
@@ -54,7 +69,7 @@ def take_rows(group: Group, config: AdapterConfig, layout: Layout, dim: int) -> 
         raise ModelError(
             f"{group.name} has a bias, which peft drops where single tokens of a layer are trained"
         )
-    return torch.tensor(ids, dtype=torch.int64), rows
+    return torch.tensor(tokens, dtype=torch.int64), rows
 
 
 def extended(group: Group, weight: Tensor | None, rows: Rows, base: BaseWeights) -> Tensor | None:
@@ -76,19 +91,3 @@ def extended(group: Group, weight: Tensor | None, rows: Rows, base: BaseWeights)
     whole[:num_rows] = before
     whole[ids] = values
     return as_tensor(whole)
-
-
-def _token_ids(group: Group, config: AdapterConfig, layout: Layout) -> Sequence[int]:
-    """peft finds a module by the end of its name."""
-    tokens = config.token_indices
-    is_vocabulary = group.name == layout.input_embedding
-    is_tied = layout.is_tied and group.name == layout.output_embedding
-    if isinstance(tokens, Mapping):
-        found = [ids for name, ids in tokens.items() if group.trained_name.endswith(name)]
-        if not found and is_tied:
-            found = [ids for name, ids in tokens.items() if layout.input_embedding.endswith(name)]
-    else:
-        found = [tokens] if tokens is not None and (is_vocabulary or is_tied) else []
-    if not found or any(ids != found[0] for ids in found):
-        raise ModelError(f"{CONFIG} does not say which tokens the rows of {group.name} are")
-    return found[0]

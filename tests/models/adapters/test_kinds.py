@@ -1,11 +1,13 @@
 """Every kind of adapter that peft makes, read and put into the weights, against peft's own unmerged model."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 IDS = torch.tensor([[3, 7, 11, 5, 2, 40, 7, 1, 30, 12]])
 LLAMA_KINDS = (
@@ -46,3 +48,26 @@ def test_equals_peft(
     expected, base = model(input_ids=IDS).logits, module(input_ids=IDS).logits
     assert (expected - base).abs().max() > 1e-3
     torch.testing.assert_close(apply(module, adapter)(input_ids=IDS).logits, expected, atol=1e-9, rtol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [[7, 3], {"language_model.embed_tokens": [7, 3]}])
+def test_tokens_of_a_wrapped_text_model(
+    tokens: Any,
+    tiny: Callable[..., Any],
+    make_adapter: Callable[..., Any],
+    read: Callable[..., Any],
+    apply: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """An adapter of a model that has the text model a level deeper."""
+    module = tiny("tied")
+    folder, model = make_adapter(
+        module, tmp_path, {"target_modules": ["q_proj"], "trainable_token_indices": [7, 3]}
+    )
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    old, new = "base_model.model.model.", "base_model.model.model.language_model."
+    save_file({name.replace(old, new): tensor for name, tensor in load_file(file).items()}, file)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"trainable_token_indices": tokens}))
+    actual = apply(module, read(folder, module))(input_ids=IDS).logits
+    torch.testing.assert_close(actual, model(input_ids=IDS).logits, atol=1e-9, rtol=1e-9)

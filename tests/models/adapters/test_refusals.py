@@ -86,7 +86,7 @@ def edit(folder: Path, changes: Mapping[str, torch.Tensor | None]) -> None:
         ),
         (
             {"trainable_token_indices": [3]},
-            "has trainable_token_indices for model.embed_tokens, the adapter no rows",
+            "has trainable_token_indices, the adapter no rows for them in model.embed_tokens",
         ),
         ({"r": 6}, "model.layers.0.mlp.down_proj.lora_A has rank 4, adapter_config.json says 6"),
     ],
@@ -288,6 +288,7 @@ def test_pickles_are_never_opened(folder: Path, tiny: Callable[..., Any], read: 
         ("adapter_model.safetensors", None, "the adapter has no adapter_model.safetensors"),
         ("adapter_model.safetensors", b"\x80\x04K\x01.", "adapter_model.safetensors is damaged"),
         ("adapter_model.safetensors", "cut", "adapter_model.safetensors is damaged: it has"),
+        ("adapter_model.safetensors", b"\2" + bytes(7) + b"{}", "adapter_model.safetensors has no tensors"),
         ("tokenizer.json", b"{", "no tokenizer can be loaded from the adapter's folder"),
     ],
 )
