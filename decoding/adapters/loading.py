@@ -96,7 +96,7 @@ class Loading:
             if current is None or current.content.is_same_read(failed):
                 return error
             terms.append((current, scale))
-        job.terms = terms
+        job.resolve(terms)
         try:
             self._stock.check_fits(job)
         except RequestError as refusal:
@@ -129,6 +129,7 @@ class Loading:
             return
         with stock.changed:
             answers = self._conclude(change, content, adapter) if stock.waiting.is_current(change) else []
+            stock.memory.dismiss(adapter.digest)  # if it was warmed for nothing
         deliver(answers)
 
     def _read_for(self, change: Change, before: Content | None) -> "tuple[Adapter, Content]":

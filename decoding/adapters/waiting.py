@@ -20,29 +20,30 @@ class Acquisition:
 
     terms: list[tuple[Generation, float]]
     deadline: float | None = None
-    """By `time.monotonic`. None: it is not bounded, now."""
+    """By `time.monotonic`."""
     future: "Future[AdapterSet]" = field(default_factory=Future)
     claimed: set[str] = field(default_factory=set)
     """Digests that it holds while it waits for the rest."""
+    scales: dict[str, float] = field(init=False)
+    """By digest, in order; what adds up to 0 is not needed."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(sum(abs(scale) for _, scale in self.terms)):
             raise RequestError("the scales of adapters must be finite numbers, their sum too", "lora")
+        self.resolve(self.terms)
 
-    @property
-    def scales(self) -> dict[str, float]:
-        """By digest, in order; what adds up to 0 is not needed. The sums do not depend on the order of the terms."""
+    def resolve(self, terms: list[tuple[Generation, float]]) -> None:
+        """The sums do not depend on the order of the terms."""
         parts: dict[str, list[float]] = {}
-        for generation, scale in self.terms:
+        for generation, scale in terms:
             parts.setdefault(generation.content.digest, []).append(scale)
         sums = {digest: math.fsum(parts[digest]) for digest in sorted(parts)}
-        return {digest: scale for digest, scale in sums.items() if scale}
+        self.terms, self.scales = terms, {digest: scale for digest, scale in sums.items() if scale}
 
     @property
     def generations(self) -> list[Generation]:
         """Those needed, each once."""
-        scales = self.scales
-        found = {id(each): each for each, _ in self.terms if each.content.digest in scales}
+        found = {id(each): each for each, _ in self.terms if each.content.digest in self.scales}
         return list(found.values())
 
     @property

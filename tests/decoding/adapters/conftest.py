@@ -125,15 +125,3 @@ def make_library_by_hand(
         return library, work
 
     return make
-
-
-@pytest.fixture
-def least_memory() -> Callable[[Path, EngineConfig], str]:
-    """What a refusal says would be enough for a model in that folder, and a little more, as it is rounded."""
-
-    def ask(folder: Path, config: EngineConfig) -> str:
-        with pytest.raises(ModelError, match="does not fit into a max_memory") as refusal:
-            Engine.load(str(folder), LoadConfig(device="cpu", max_memory="1MiB"), config)
-        return f"{float(str(refusal.value).partition('at least ')[2].split()[0]) + 0.06}MiB"
-
-    return ask

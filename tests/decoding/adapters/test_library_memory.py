@@ -97,6 +97,24 @@ def test_unloading_lets_go_of_what_nobody_uses_at_once_and_of_the_rest_when_they
     assert seen["a"]() is None
 
 
+def test_what_no_name_stands_for_and_nobody_uses_is_forgotten(shelf: Any, make_library: Make) -> None:
+    """Not what memory lets go of for a while, and not before its last request ends."""
+    forgotten: list[str] = []
+    library = make_library(max_in_memory=1, forget=forgotten.append)
+    for number in range(3):
+        load(library, "bot", shelf.write("bot", number), in_place=True)
+    assert forgotten == [shelf.digest(0)]  # the one before the last could be rolled back to
+    held = acquire(library, "bot")
+    library.unload("bot")
+    assert forgotten == [shelf.digest(0), shelf.digest(1)]
+    held.release()
+    assert forgotten == [shelf.digest(number) for number in range(3)]
+    fill(library, shelf, "p", pin=True)
+    with pytest.raises(AdapterRefused):  # read and warmed in vain
+        load(library, "bot", shelf.write("bot", 4))
+    assert forgotten[3:] == [shelf.digest(4)]
+
+
 def adapter_of(library: AdapterLibrary, name: str) -> Adapter:
     held = acquire(library, name)
     held.release()

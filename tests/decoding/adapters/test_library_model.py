@@ -176,6 +176,8 @@ class Pair:
     library: AdapterLibrary
     work: Callable[[], None]
     oracle: Oracle
+    warmed: set[str]
+    """And not forgotten since."""
     held: list[tuple[AdapterSet, set[str]]] = field(default_factory=list)
 
     def ask(self, expect: Callable[[], Any], ask: Callable[[], Any]) -> Any:
@@ -220,6 +222,7 @@ class Pair:
         memory = self.library._stock.memory
         assert list(memory._contents) == oracle.memory
         assert len(memory) <= memory.capacity + 1
+        assert self.warmed <= oracle.wanted() | set(oracle.memory)
         for adapters, contents in self.held:
             assert {term.adapter.digest for term in adapters.terms} == contents
 
@@ -277,8 +280,15 @@ def test_the_library_does_what_the_oracle_says(
                 raise ModelError("damaged")
             return Adapter(disk[folder], {}, 1, 1)
 
-        library, work = make_library_by_hand(read=read, max_in_memory=capacity)
-        pair = Pair(library, work, Oracle(capacity, disk))
+        oracle, warmed = Oracle(capacity, disk), set[str]()
+
+        library, work = make_library_by_hand(
+            read=read,
+            max_in_memory=capacity,
+            warm=lambda adapter, warmed=warmed: warmed.add(adapter.digest),
+            forget=warmed.discard,
+        )
+        pair = Pair(library, work, oracle, warmed)
         for _ in range(60):
             pair.step(noise)
             pair.compare()
@@ -288,4 +298,5 @@ def test_the_library_does_what_the_oracle_says(
             assert info.num_users == 0
             library.unload(info.name)
         assert not library._stock.memory._contents
+        assert not warmed
         assert not list(library._stock.waiting)
