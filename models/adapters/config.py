@@ -50,6 +50,7 @@ _TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
 _HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights that leave the model's weights as they are."""
 _SECONDS_PER_PATTERN = 0.5
+_TOO_LARGE = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ def _flag(content: Mapping[str, Any], name: str) -> bool:
 
 
 def _integer(value: Any, name: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _TOO_LARGE:
         raise ModelError(f"{name} in {CONFIG} has {value!r}, which is no positive integer")
     return value
 
@@ -169,7 +170,7 @@ def _positive(content: Mapping[str, Any], name: str, default: int) -> int:
 
 
 def _number(value: Any, name: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < _TOO_LARGE:
         raise ModelError(f"{name} in {CONFIG} has {value!r}, which is no number")
     return float(value)
 
@@ -198,7 +199,9 @@ def _tokens(value: Any) -> list[int] | dict[str, list[int]] | None:
 
 
 def _ids(value: Any) -> list[int]:
-    if not isinstance(value, list) or not all(isinstance(item, int) and item >= 0 for item in value):
+    if not isinstance(value, list) or not all(
+        isinstance(item, int) and 0 <= item < _TOO_LARGE for item in value
+    ):
         raise ModelError(f"trainable_token_indices in {CONFIG} is no list of token ids")
     if len(set(value)) != len(value):
         raise ModelError(f"trainable_token_indices in {CONFIG} names a token twice")

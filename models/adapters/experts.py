@@ -61,7 +61,7 @@ def _in_order(group: Group, names: list[str], pairs: list[tuple[Tensor, Tensor] 
 
     def fits(order: Sequence[str]) -> bool:
         return all(
-            pair is None or (pair[0].shape[-1], pair[1].shape[0]) == _features(group, name)
+            pair is None or (*pair[0].shape[-1:], *pair[1].shape[:1]) == _features(group, name)
             for name, pair in zip(order, pairs, strict=True)
         )
 

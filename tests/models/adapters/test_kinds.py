@@ -28,6 +28,17 @@ GPT2_KINDS = {
     "parameters": {"target_modules": [], "target_parameters": ["c_attn.weight", "wte.weight"]},
 }
 CASES += [("gpt2", kind) for kind in GPT2_KINDS]
+TIED_KINDS = {
+    "same tokens": {"trainable_token_indices": {"embed_tokens": [4, 2], "lm_head": [4, 2]}},
+    "other tokens": {"trainable_token_indices": {"embed_tokens": [4, 2], "lm_head": [7]}},
+    "tied tokens": {"trainable_token_indices": {"embed_tokens": [4, 2]}, "ensure_weight_tying": True},
+    "one layer": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "random": {"init_lora_weights": False},
+    "regular expression": {"target_modules": r".*layers\.1\..*(q|v)_proj", "exclude_modules": ".*v_proj"},
+}
+CASES += [("tied", kind) for kind in TIED_KINDS]
 
 
 @torch.no_grad()
@@ -42,7 +53,9 @@ def test_equals_peft(
     tmp_path: Path,
 ) -> None:
     module = tiny(name)
-    arguments = GPT2_KINDS[kind] if name == "gpt2" and kind in GPT2_KINDS else kind
+    arguments: Any = GPT2_KINDS[kind] if name == "gpt2" and kind in GPT2_KINDS else kind
+    if kind in TIED_KINDS:
+        arguments = {"target_modules": ["q_proj"]} | TIED_KINDS[kind]
     folder, model = make_adapter(module, tmp_path, arguments)
     adapter = read(folder, module)
     expected, base = model(input_ids=IDS).logits, module(input_ids=IDS).logits

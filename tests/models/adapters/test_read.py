@@ -22,7 +22,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["patterns", "dora", "saved", "embedding", "dora_embedding"])
+@pytest.mark.parametrize("kind", ["patterns", "dora", "saved", "embedding", "dora_embedding", "mica"])
 def test_equals_peft_in_float32(
     kind: str,
     tiny: Callable[..., Any],
@@ -32,7 +32,8 @@ def test_equals_peft_in_float32(
     tmp_path: Path,
 ) -> None:
     module = tiny("llama", torch.float32)
-    folder, model = make_adapter(module, tmp_path, kind)
+    mica = {"target_modules": ["q_proj"], "init_lora_weights": "mica"}
+    folder, model = make_adapter(module, tmp_path, mica if kind == "mica" else kind)
     changed = apply(tiny("llama"), read(folder, module))  # the model in float64 has the same weights
     expected = model(input_ids=IDS).logits.double()
     torch.testing.assert_close(changed(input_ids=IDS).logits, expected, atol=2e-5, rtol=1e-5)

@@ -61,6 +61,9 @@ def edit(folder: Path, changes: Mapping[str, torch.Tensor | None]) -> None:
         ({"r": 0}, "r in adapter_config.json has 0, which is no positive integer"),
         ({"r": True}, "r in adapter_config.json has True"),
         ({"lora_alpha": "8"}, "lora_alpha in adapter_config.json has '8', which is no number"),
+        ({"r": 10**400}, "r in adapter_config.json has 10+, which is no positive integer"),
+        ({"lora_alpha": 10**400}, "lora_alpha in adapter_config.json has 10+, which is no number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha in adapter_config.json has nan, which is no number"),
         ({"rank_pattern": [3]}, "rank_pattern in adapter_config.json is no object"),
         (
             {"rank_pattern": {"q_proj(": 4}},
