@@ -5,6 +5,7 @@ shown. It knows nothing of streaming: the incremental detokenizer is the engine'
 """
 
 import copy
+import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -149,6 +150,11 @@ class Tokenizer:
         """As `tokenizer.json` is written."""
         text: str = self._backend.to_str(pretty=True)
         return text
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of `serialized`."""
+        return hashlib.sha256(self.serialized().encode()).hexdigest()
 
     def vocabulary(self) -> dict[str, int]:
         """Every token's id, added ones included; a new dictionary."""

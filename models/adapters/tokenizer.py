@@ -7,6 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from cadenza.models.errors import ModelError
 from cadenza.models.tokenizer import Tokenizer
@@ -17,15 +18,27 @@ _UNUSED_ROLES = ("pad_token",)
 """Prompts are never padded; training scripts like to change it."""
 
 
+_KNOWN: WeakKeyDictionary[Tokenizer, WeakValueDictionary[str, Tokenizer]] = WeakKeyDictionary()
+"""Those that adapters in memory have brought, by the model's and by `files_digest`."""
+
+
 def read_tokenizer(folder: Path, tokenizer: Tokenizer) -> Tokenizer | None:
-    """tokenizer: the model's. None: nothing differs. Raises `ModelError` where the model's ids would change their
-    meaning."""
+    """tokenizer: the model's. None: nothing differs. Equal files give the same object, so that adapters that bring the
+    same tokenizer can be used together. Raises `ModelError` where the model's ids would change their meaning."""
+    known, digest = _KNOWN.setdefault(tokenizer, WeakValueDictionary()), files_digest(folder)
+    found = known.get(digest) or _read(folder, tokenizer)
+    if found is not None:
+        known[digest] = found
+    return found
+
+
+def _read(folder: Path, tokenizer: Tokenizer) -> Tokenizer | None:
     settings = _settings(folder)
     template = None if tokenizer.has_own_template else _template(folder, settings)
     found = tokenizer
     if not _is_same(folder, settings, tokenizer):
         found = _loaded(folder, tokenizer)
-        if _roles(found) == _roles(tokenizer) and found.serialized() == tokenizer.serialized():
+        if _roles(found) == _roles(tokenizer) and found.digest == tokenizer.digest:
             found = tokenizer
     wanted = tokenizer.chat_template if template is None else template
     if wanted is not None and wanted != found.chat_template:
@@ -55,11 +68,11 @@ def _is_same(folder: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> bo
         return True
     if _roles_of(settings) != _roles(tokenizer):
         return False
-    text, own = file.read_text(encoding="utf-8"), tokenizer.serialized()
-    if text == own:
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() == tokenizer.digest:
         return True
     try:
-        return _tokens_only(text) == _tokens_only(own)
+        return _tokens_only(content.decode()) == _tokens_only(tokenizer.serialized())
     except (ValueError, RecursionError) as error:
         raise ModelError(f"the adapter's {_TOKENS} cannot be read as JSON") from error
 

@@ -201,6 +201,21 @@ def test_special_tokens_of_its_own_make_it_another(
     assert tiny_tokenizer.eos_token_id == 1
 
 
+def test_equal_tokenizers_are_one(make_tokenizer: Maker, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Adapters that bring the same can be added up in one request."""
+    from cadenza.models.adapters.tokenizer import read_tokenizer
+
+    for name, word in (("first", "<new>"), ("second", "<new>"), ("third", "<other>")):
+        make_tokenizer((word,)).save_pretrained(tmp_path / name)
+    first, second, third = (
+        read_tokenizer(tmp_path / name, tiny_tokenizer) for name in ("first", "second", "third")
+    )
+    assert first is second
+    assert first is not third
+    another = tiny_tokenizer.with_chat_template("x")
+    assert read_tokenizer(tmp_path / "first", another) is not first
+
+
 def test_a_token_of_another_meaning_is_refused(
     make_tokenizer: Maker, tiny_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
