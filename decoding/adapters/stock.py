@@ -58,7 +58,6 @@ class Stock:
         if isinstance(job, Acquisition):
             for digest in job.claimed:
                 self.memory.release(digest)
-            job.claimed.clear()
         return job.future.set_running_or_notify_cancel()
 
     def expire(self) -> list[Answer]:

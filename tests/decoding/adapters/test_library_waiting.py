@@ -232,6 +232,51 @@ def test_a_request_that_is_given_up_holds_nothing_and_keeps_nobody_waiting(
     assert [info.num_users for info in library.list()] == [0, 0, 0, 0]
 
 
+def test_whoever_makes_room_wakes_the_loading_thread(
+    shelf: Any, make_library_by_hand: MakeByHand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, work = make_library_by_hand(max_in_memory=3)
+    for name in "abcp":
+        library.load(name, shelf.write(name, ord(name)), pin=name == "p")
+    work()
+    held = [ask(library, name).result(0) for name in "bc"]
+    given_up, waiting = ask(library, "a"), ask(library, "a")
+    work()
+    notified: list[None] = []
+    monkeypatch.setattr(library._changed, "notify_all", lambda: notified.append(None))
+    assert given_up.cancel()
+    assert len(notified) == 1
+    work()
+    assert not waiting.done()
+    library.unload("p")
+    assert len(notified) == 2
+    work()
+    waiting.result(0).release()
+    for each in held:
+        each.release()
+    assert len(notified) == 2  # nobody waits any more
+
+
+def test_what_is_granted_as_it_is_given_up_is_given_back(
+    shelf: Any, make_library_by_hand: MakeByHand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, work = make_library_by_hand(max_in_memory=1)
+    for name in "ab":
+        library.load(name, shelf.write(name, ord(name)))
+    work()
+    waiting = ask(library, "a")
+    grant = library._stock.grant
+
+    def grant_too_late(job: Any) -> AdapterSet:
+        assert job.future.cancel()
+        return grant(job)
+
+    monkeypatch.setattr(library._stock, "grant", grant_too_late)
+    work()
+    assert waiting.cancelled()
+    assert [(info.num_users, info.is_in_memory) for info in library.list()] == [(0, True), (0, False)]
+
+
 def test_a_load_that_is_given_up_is_not_published(shelf: Any, make_library: Make) -> None:
     library = make_library()
     path = shelf.write("bot", 1)
