@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
+from cadenza.decoding.request import RequestError
+
 Answer = tuple["Future[Any]", Any]
 """A future that runs, and its result or exception: for whoever holds no lock to give."""
 
@@ -19,9 +21,20 @@ _LONGEST_WAIT = 3600.0
 def deliver(answers: Iterable[Answer]) -> None:
     for future, outcome in answers:
         if isinstance(outcome, BaseException):
+            if isinstance(outcome, RequestError):
+                _forget_frames(outcome)
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
+
+
+def _forget_frames(refusal: BaseException) -> None:
+    """What a refusal says is in its line; the frames that it came through would keep what was read alive, in a cycle
+    by the future that has the refusal."""
+    link: BaseException | None = refusal
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
 
 
 class LoadingThreads:

@@ -13,6 +13,7 @@ from cadenza.decoding.adapters.errors import AdapterRefused
 from cadenza.decoding.adapters.library import AdapterInfo, AdapterLibrary
 from cadenza.decoding.adapters.set import AdapterSet
 from cadenza.decoding.request import RequestError
+from cadenza.models import ModelError
 from cadenza.models.adapters.adapter import Adapter
 
 SECONDS = 30.0
@@ -207,6 +208,35 @@ def test_publishing_needs_no_room_beyond_the_read(shelf: Any, make_library: Make
     old.release()
     new.release()
     assert in_memory(library) == "bot"
+
+
+def test_refusals_keep_nothing_alive(shelf: Any, make_library_by_hand: Callable[..., Any]) -> None:
+    """Whoever holds one, or its future, does not hold what was read; nor does it take the garbage collector."""
+    read: list[weakref.ref[Adapter]] = []
+
+    def note(path: str) -> Adapter:
+        adapter: Adapter = shelf.read(path)
+        read.append(weakref.ref(adapter))
+        if path.endswith("damaged"):
+            raise ModelError("a tensor is missing")
+        return adapter
+
+    library, work = make_library_by_hand(read=note, max_in_memory=2)
+    gc.disable()
+    try:
+        futures = [library.load("p", shelf.write("p", 1), pin=True), library.load("a", shelf.write("a", 2))]
+        work()
+        futures += [library.load("b", shelf.write("b", 3), pin=True)]
+        futures += [library.load("c", shelf.write("damaged", 4)), library.load("d", shelf.write("d", 5))]
+        work()
+        shelf.write("a", 6)
+        futures += [library.acquire([("a", 1.0)])]
+        work()
+        kinds = [type(future.exception(0)) for future in futures]
+        assert kinds == [type(None), type(None), AdapterRefused, AdapterRefused, type(None), AdapterRefused]
+        assert [adapter() is not None for adapter in read] == [True, False, False, False, True, False]
+    finally:
+        gc.enable()
 
 
 def test_every_read_is_within_the_bound(shelf: Any, make_library: Make) -> None:
