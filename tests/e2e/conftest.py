@@ -6,17 +6,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
 from cadenza.decoding import Engine, EngineConfig
+from cadenza.decoding.adapters.module import LoraModule
 from cadenza.models import LoadConfig
 from cadenza.server.http_server import DrainingServer
 from cadenza.server.service import Service
 
 MAX_QUEUE = 96
+EMOJI_BOT = Path(__file__).parents[1] / "data" / "emoji_bot"
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +27,12 @@ def live_engine() -> Iterator[Engine]:
     engine = Engine.load(
         "smollm2",
         LoadConfig(dtype="float32", device="cpu"),
-        EngineConfig(kv_cache_memory_gb=0.5, max_queue=MAX_QUEUE),
+        EngineConfig(
+            kv_cache_memory_gb=0.5,
+            max_queue=MAX_QUEUE,
+            enable_lora=True,
+            lora_modules=(LoraModule("emoji", str(EMOJI_BOT)),),
+        ),
     )
     yield engine
     engine.close()
@@ -43,7 +51,7 @@ def base_url(live_engine: Engine) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def speculating_url() -> Iterator[str]:
-    """The same model with `--speculative ngram`, in a process of its own."""
+    """The same model and adapter with `--speculative ngram`, in a process of its own."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
     command = [
@@ -58,6 +66,7 @@ def speculating_url() -> Iterator[str]:
         "cpu",
     ]
     options = ["--kv-cache-memory-gb", "0.5", "--host", "127.0.0.1", "--port", port, "--speculative", "ngram"]
+    options += ["--lora-modules", f"emoji={EMOJI_BOT}"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -1,11 +1,14 @@
-"""Every strategy with every kind of constraint, streamed and not, on the real model over a real socket.
+"""Every strategy with every kind of constraint, with and without an adapter, streamed and not, on the real model over
+a real socket.
 
 The table in docs/strategies.md is what these tests have found: each cell was run, and has to be there. A cell's
 answers are valid by an independent judge (re, jsonschema, lark), and the streamed and the whole answer, computed in
-one batch with all the other cells of the row, are the same to the last field.
+one batch with all the other cells of the row, half of them with an adapter and half without, are the same to the last
+field.
 """
 
 import asyncio
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -69,10 +72,13 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "speculation, sampled": {**SAMPLED, "n": 2},
 }
 LEGEND = "whole ✓ stream ✓"
+ADAPTER = "all of them with an adapter, in a mixed batch"
+"""The table's last column."""
 
 
-def _body(strategy: str, constraint: str, *, stream: bool) -> dict[str, Any]:
+def _body(strategy: str, constraint: str, *, stream: bool, adapter: bool) -> dict[str, Any]:
     fields = {**STRATEGIES[strategy], **CONSTRAINTS[constraint][0]}
+    fields |= {"model": "emoji"} if adapter else {}
     body = {"prompt": PROMPT, "max_tokens": 20, "stream": stream, **fields}
     return {**body, "stream_options": {"include_usage": True}} if stream else body
 
@@ -113,16 +119,28 @@ def _gist(choices: list[dict[str, Any]], envelope: dict[str, Any]) -> dict[str, 
     }
 
 
-async def _row(base_url: str, strategy: str) -> dict[tuple[str, bool], dict[str, Any]]:
-    async with httpx.AsyncClient(base_url=base_url, timeout=120) as client:
-        cells = [(constraint, stream) for constraint in CONSTRAINTS for stream in (False, True)]
+Cell = tuple[str, bool, bool]
+"""(constraint, with the adapter, streamed)"""
+
+
+async def _row(base_url: str, strategy: str) -> dict[Cell, dict[str, Any]]:
+    """Of all cells of a strategy, computed in one batch."""
+    cells = list(itertools.product(CONSTRAINTS, (False, True), (False, True)))
+    async with httpx.AsyncClient(base_url=base_url, timeout=240) as client:
         answers = await asyncio.gather(
             *(
-                (_streamed if stream else _whole)(client, _body(strategy, constraint, stream=stream))
-                for constraint, stream in cells
+                (_streamed if stream else _whole)(
+                    client, _body(strategy, constraint, stream=stream, adapter=adapter)
+                )
+                for constraint, adapter, stream in cells
             )
         )
     return dict(zip(cells, answers, strict=True))
+
+
+async def _alone(base_url: str, strategy: str) -> dict[str, Any]:
+    async with httpx.AsyncClient(base_url=base_url, timeout=60) as client:
+        return await _whole(client, _body(strategy, "free", stream=False, adapter=True))
 
 
 @pytest.fixture(scope="session")
@@ -139,8 +157,11 @@ def test_a_strategy_with_every_constraint(
     answers = asyncio.run(_row(speculating_url if speculates else base_url, strategy))
     plain = asyncio.run(_row(base_url, strategy)) if speculates else answers
     assert answers == plain  # speculation never changes an answer
-    for constraint, (_, is_valid) in CONSTRAINTS.items():
-        whole, streamed = answers[constraint, False], answers[constraint, True]
+    assert answers["free", True, False] == asyncio.run(_alone(base_url, strategy))
+    assert answers["free", True, False] != answers["free", False, False]  # the adapter is heard
+    for constraint, adapter in itertools.product(CONSTRAINTS, (False, True)):
+        _, is_valid = CONSTRAINTS[constraint]
+        whole, streamed = answers[constraint, adapter, False], answers[constraint, adapter, True]
         assert whole["choices"]
         assert len(whole["choices"]) <= STRATEGIES[strategy].get("n", 1)
         assert [choice["index"] for choice in whole["choices"]] == list(range(len(whole["choices"])))
@@ -149,14 +170,15 @@ def test_a_strategy_with_every_constraint(
             assert choice["finish_reason"] in ("stop", "length")
             assert (choice["closed_early"] is None) == (constraint == "free")
         assert streamed == whole
-        found.setdefault(strategy, {})[constraint] = LEGEND
+        found.setdefault(strategy, {})[ADAPTER if adapter else constraint] = LEGEND
 
 
 def test_the_table_in_the_docs_is_what_was_found(found: dict[str, dict[str, str]]) -> None:
     if found.keys() != STRATEGIES.keys():
         pytest.skip("only with all the rows")
-    lines = [f"| | {' | '.join(CONSTRAINTS)} |", "|---" * (len(CONSTRAINTS) + 1) + "|"]
+    columns = [*CONSTRAINTS, ADAPTER]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for strategy, cells in found.items():
-        lines.append(f"| {strategy} | {' | '.join(cells[constraint] for constraint in CONSTRAINTS)} |")
+        lines.append(f"| {strategy} | {' | '.join(cells[column] for column in columns)} |")
     table = "\n".join(lines)
     assert table in PAGE.read_text(encoding="utf-8"), table
