@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from cadenza.decoding import probe
 from cadenza.decoding.adapters.runtime import AdapterRuntime
+from cadenza.decoding.adapters.tables import slot_bytes
 from cadenza.decoding.bitmask import BitmaskFiller
 from cadenza.decoding.block_pool import BlockPool
 from cadenza.decoding.config import NGRAM, EngineConfig, demand
@@ -65,6 +66,9 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
             [*shapes, *draft_shapes],
             probe.longest_independent_context(model.config),
             available_bytes(model.device),
+            slot_bytes(layout, config.max_loras, config.max_lora_rank, model.dtype)
+            if config.enable_lora
+            else 0,
         )
     )
     num_blocks = memory.num_blocks

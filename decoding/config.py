@@ -143,8 +143,9 @@ def demand(
     shapes: Sequence[LayerShape],
     independent_context: int | None,
     free_bytes: int | None,
+    adapter_bytes: int = 0,
 ) -> Demand:
-    """shapes: of all layers that keep something under a block's id, a draft model's too."""
+    """shapes: of all layers that keep something under a block's id, a draft model's too; adapter_bytes: of slots."""
     asked = config.kv_cache_memory_gb
     per_layer = [shape.bytes_per_token(model.dtype) for shape in shapes]
     return Demand(
@@ -156,7 +157,7 @@ def demand(
         independent_context=independent_context,
         bytes_per_token=sum(per_layer),
         largest_layer=max(per_layer),
-        step_bytes=step_bytes(config, model),
+        step_bytes=step_bytes(config, model) + adapter_bytes,
         asked_bytes=None if asked is None else int(asked * 1024**3),
         allotted_bytes=model.kv_cache_bytes,
         free_bytes=free_bytes,

@@ -36,7 +36,7 @@ class Demand:
     largest_layer: int
     """The same of the layer that has most."""
     step_bytes: int
-    """Activations and logits of a step, estimated."""
+    """Activations and logits of a step, estimated, and the adapters that it computes with."""
     asked_bytes: int | None = None
     """What the user wants for the KV cache."""
     allotted_bytes: int | None = None

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from cadenza.decoding import probe
+from cadenza.decoding.adapters.tables import slot_bytes
 from cadenza.decoding.config import EngineConfig, demand
 from cadenza.decoding.kv_cache import LayerShape
 from cadenza.decoding.memory_plan import MemoryPlan, plan_memory
 from cadenza.models import LoadConfig, ModelError
+from cadenza.models.adapters.layout import layout_of
 from cadenza.models.architecture import context_length
 from cadenza.models.load import check, device_named, dtype_named
 from cadenza.models.memory import Memory, available_bytes, memory_of, require_memory
@@ -211,8 +213,15 @@ class _Planner:
             [*self.shapes, *self._draft_shapes],
             probe.longest_independent_context(config),
             None if free is None else max(0, free - in_use),
+            self._adapter_bytes(plan.torch_dtype),
         )
         return plan_memory(wanted)
+
+    def _adapter_bytes(self, dtype: torch.dtype) -> int:
+        if not self._engine.enable_lora:
+            return 0
+        layout = layout_of(_shapes_only(self.outline, dtype))
+        return slot_bytes(layout, self._engine.max_loras, self._engine.max_lora_rank, dtype)
 
 
 def _shapes_only(model: Outline, dtype: torch.dtype, method: Method | None = None) -> Any:

@@ -10,8 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cadenza.kernels.lora import PLANE
+from cadenza.kernels.lora import PLANE, num_planes
 from cadenza.models.adapters.adapter import LowRank
+from cadenza.models.adapters.layout import Layout
+
+
+def slot_bytes(layout: Layout, num_slots: int, max_rank: int, dtype: torch.dtype) -> int:
+    """What tables take for all of a model's linear layers but the output layer, when every slot is full."""
+    sites = [
+        site
+        for name, site in layout.sites.items()
+        if site.kind == "linear" and name != layout.output_embedding
+    ]
+    width = sum(site.in_features + site.out_features for site in sites)
+    return num_slots * num_planes(max_rank) * PLANE * width * dtype.itemsize
 
 
 class PlaneTables:
