@@ -7,6 +7,7 @@ steps, so that an abort frees its blocks before the next forward pass.
 import logging
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -28,6 +29,8 @@ from cadenza.decoding.stream import RequestStream
 from cadenza.models import LoadConfig, LoadedModel, Tokenizer, load_model
 
 log = logging.getLogger(__name__)
+
+_CALL_SECONDS = 0.01  # between two steps
 
 Result = TypeVar("Result")
 
@@ -232,13 +235,17 @@ class Engine(ScriptMethods):
                 return False
             for generation in arrived:
                 core.add(generation)
-            call = self._calls.popleft() if self._calls else None
         for generation in aborted:
             core.remove(generation)
             _release(generation)
-        if call is not None:  # one at a time, so that nobody's tokens wait for all of them
-            _answer(*call)
+        self._take_calls()
         return True
+
+    def _take_calls(self) -> None:
+        """Answer those that came, but not for long while somebody waits for tokens."""
+        end = time.perf_counter() + _CALL_SECONDS
+        while self._calls and time.perf_counter() < end:
+            _answer(*self._calls.popleft())
 
     def _forget_finished(self) -> None:
         with self._changed:

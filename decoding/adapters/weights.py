@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cadenza.models.adapters.layout import Layout
 from cadenza.models.offload.stream import LayerStream, streams_of
 
-_COLUMNS_AT_ONCE = 128  # of the identity, in one call between two steps
+_WORK_AT_ONCE = 2**28  # multiplications in one call between two steps: some milliseconds
 _ROWS_AT_ONCE = 4096  # of an embedding's table
 
 Result = TypeVar("Result")
@@ -85,10 +85,11 @@ class EngineWeights:
 
     def linear(self, name: str) -> Tensor:
         """[out_features, in_features] float32."""
-        width = self._layout.sites[name].in_features
+        site = self._layout.sites[name]
+        width, at_once = site.in_features, max(16, _WORK_AT_ONCE // (site.in_features * site.out_features))
         parts = [
-            self._ask(partial(self._weights.columns, name, start, min(start + _COLUMNS_AT_ONCE, width)))
-            for start in range(0, width, _COLUMNS_AT_ONCE)
+            self._ask(partial(self._weights.columns, name, start, min(start + at_once, width)))
+            for start in range(0, width, at_once)
         ]
         return torch.cat(parts).T
 
