@@ -16,7 +16,7 @@ from cadenza.decoding.adapters.names import AdapterInfo
 from cadenza.decoding.adapters.set import AdapterSet
 from cadenza.decoding.adapters.stock import Stock
 from cadenza.decoding.adapters.threads import Answer, LoadingThreads, deliver
-from cadenza.decoding.adapters.waiting import Acquisition, Change, Job
+from cadenza.decoding.adapters.waiting import Change, Expectation, Job
 from cadenza.decoding.request import EngineClosed
 
 __all__ = ["AdapterInfo", "AdapterLibrary", "Read", "Warm"]
@@ -121,17 +121,21 @@ class AdapterLibrary:
 
     def acquire(self, terms: Sequence[tuple[str, float]]) -> "Future[AdapterSet]":
         """The adapters of these names at these scales, as they are published now, in host memory until the set is
-        released. Raises UnknownAdapter at once, and RequestError for more than memory holds; the future fails with
-        AdaptersBusy, or with AdapterRefused if the files have changed since they were loaded. terms: may be empty or
-        repeat a name, whose scales add up.
+        released. A name that is being loaded for the first time is waited for. Raises UnknownAdapter, and RequestError
+        for more than memory holds, at once if that is known; the future may also fail with AdaptersBusy, or with
+        AdapterRefused if the files have changed since they were loaded. terms: may be empty or repeat a name, whose
+        scales add up.
 
         Where all are in memory the future is done. Otherwise first come, first served; if files have changed while it
         waited and the name stands for a later generation by then, it is given that one.
         """
         with self._changed:
             self._require_open()
-            job = Acquisition([(self._stock.names.get(name), float(scale)) for name, scale in terms])
-            self._stock.check_fits(job)
+            if self._stock.is_expected(name for name, _ in terms):
+                expecting = Expectation(list(terms))
+                self._enqueue(expecting)
+                return expecting.future
+            job = self._stock.acquisition(terms)
             if self._stock.is_there(job):
                 job.future.set_result(self._stock.grant(job))
             else:

@@ -11,7 +11,7 @@ from cadenza.decoding.adapters.errors import AdapterRefused, PathNotAllowed
 from cadenza.decoding.adapters.names import Content, Generation
 from cadenza.decoding.adapters.stock import Stock
 from cadenza.decoding.adapters.threads import Answer, deliver
-from cadenza.decoding.adapters.waiting import Acquisition, Change
+from cadenza.decoding.adapters.waiting import Acquisition, Change, Expectation
 from cadenza.decoding.request import RequestError
 from cadenza.models.adapters.locate import AdapterPathError
 from cadenza.models.errors import ModelError
@@ -48,6 +48,9 @@ class Loading:
             if job.future.cancelled():
                 stock.finish(job)
         answers: list[Answer] = []
+        for expecting in list(stock.waiting.expectations):
+            if not stock.is_expected(name for name, _ in expecting.terms):
+                answers += self._resolved(expecting)
         for request in list(stock.waiting.requests):
             if stock.is_there(request):
                 granted = stock.grant(request)  # before its claims go
@@ -58,6 +61,18 @@ class Loading:
         return answers
 
     # requests
+
+    def _resolved(self, expecting: Expectation) -> list[Answer]:
+        """The names are there now, or will not be."""
+        stock = self._stock
+        try:
+            request = stock.acquisition(expecting.terms)
+        except RequestError as error:
+            return [(expecting.future, error)] if stock.finish(expecting) else []
+        request.future, request.deadline = expecting.future, expecting.deadline
+        stock.waiting.remove(expecting)
+        stock.waiting.add(request)
+        return []
 
     def _read_again(self, job: Acquisition, missing: Generation) -> None:
         outcome: Adapter | Exception

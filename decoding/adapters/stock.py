@@ -5,7 +5,7 @@ Knows no files and no threads: everything here is called under the library's loc
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,7 @@ class Stock:
 
     def add(self, job: Job) -> None:
         self.waiting.add(job)
-        if isinstance(job, Acquisition):
+        if not isinstance(job, Change):
             job.deadline = time.monotonic() + self._wait_seconds
         self.changed.notify_all()
 
@@ -90,6 +90,19 @@ class Stock:
         return not num_lacking
 
     # requests
+
+    def is_expected(self, names: Iterable[str]) -> bool:
+        """Those of the names that stand for nothing yet are being loaded, and there are such."""
+        unknown = {name for name in names if self.names.find(name) is None}
+        return bool(unknown) and unknown <= {
+            change.name for change in self.waiting.changes if not change.is_superseded
+        }
+
+    def acquisition(self, terms: Sequence[tuple[str, float]]) -> Acquisition:
+        """As the names are now. Raises UnknownAdapter, and RequestError for more than memory holds."""
+        job = Acquisition([(self.names.get(name), float(scale)) for name, scale in terms])
+        self.check_fits(job)
+        return job
 
     def check_fits(self, job: Acquisition) -> None:
         digests, capacity = job.scales.keys(), self.memory.capacity

@@ -79,7 +79,23 @@ class Change:
         return f"adapter {self.name!r}"
 
 
-Job = Acquisition | Change
+@dataclass(slots=True, eq=False)
+class Expectation:
+    """A request for adapters of which some have not been loaded yet, but are going to be; then it is an Acquisition."""
+
+    terms: list[tuple[str, float]]
+    deadline: float | None = None
+    """By `time.monotonic`."""
+    future: "Future[AdapterSet]" = field(default_factory=Future)
+
+    @property
+    def question(self) -> str:
+        names = [repr(name) for name in dict.fromkeys(name for name, _ in self.terms)]
+        return f"adapter{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+Served = Acquisition | Change
+Job = Served | Expectation
 
 
 class WaitingList:
@@ -89,24 +105,30 @@ class WaitingList:
     def __init__(self) -> None:
         self.requests: deque[Acquisition] = deque()
         self.changes: deque[Change] = deque()
-        self._current: Job | None = None
+        self.expectations: deque[Expectation] = deque()
+        """Not served themselves: they wait for changes."""
+        self._current: Served | None = None
         self._is_turn_of_changes = False
 
     def __iter__(self) -> Iterator[Job]:
         yield from self.requests
         yield from self.changes
+        yield from self.expectations
 
     def add(self, job: Job) -> None:
-        if isinstance(job, Acquisition):
-            self.requests.append(job)
-        else:
-            self.changes.append(job)
+        match job:
+            case Acquisition():
+                self.requests.append(job)
+            case Change():
+                self.changes.append(job)
+            case Expectation():
+                self.expectations.append(job)
 
     @property
-    def current(self) -> Job | None:
+    def current(self) -> Served | None:
         """The one that is served now, until it is removed."""
         if self._current is None:
-            heads: Sequence[Job] = [*list(self.requests)[:1], *list(self.changes)[:1]]
+            heads: Sequence[Served] = [*list(self.requests)[:1], *list(self.changes)[:1]]
             if heads:
                 self._current = heads[-1 if self._is_turn_of_changes else 0]
         return self._current
@@ -115,10 +137,13 @@ class WaitingList:
         return job is self._current
 
     def remove(self, job: Job) -> None:
-        if isinstance(job, Acquisition):
-            self.requests.remove(job)
-        else:
-            self.changes.remove(job)
+        match job:
+            case Acquisition():
+                self.requests.remove(job)
+            case Change():
+                self.changes.remove(job)
+            case Expectation():
+                self.expectations.remove(job)
         if job is self._current:
             self._current = None
             self._is_turn_of_changes = isinstance(job, Acquisition)

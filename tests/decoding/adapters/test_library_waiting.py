@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 
-from cadenza.decoding.adapters.errors import AdapterRefused, AdaptersBusy, GenerationMismatch
+from cadenza.decoding.adapters.errors import (
+    AdapterRefused,
+    AdaptersBusy,
+    GenerationMismatch,
+    UnknownAdapter,
+)
 from cadenza.decoding.adapters.library import AdapterInfo, AdapterLibrary
 from cadenza.decoding.adapters.set import AdapterSet
+from cadenza.decoding.request import EngineClosed
 
 SECONDS = 30.0
 Make = Callable[..., AdapterLibrary]
@@ -388,3 +394,68 @@ def test_under_fire_nothing_fails_and_no_set_has_two_generations(shelf: Any, mak
     assert seen == {digest_of[name, version] for name in "abc" for version in (1, 2)}
     assert [info.num_users for info in library.list()] == [0, 0, 0, 0]
     assert sum(info.is_in_memory for info in library.list()) <= 3
+
+
+def test_a_name_that_is_being_loaded_for_the_first_time_is_waited_for(shelf: Any, make_library: Make) -> None:
+    library = make_library()
+    fill(library, shelf, "a")
+    path = shelf.write("b", 1)
+    gate = shelf.gate(path)
+    loading = library.load("b", path)
+    assert gate.reached.wait(SECONDS)
+    early = [ask(library, "b"), ask(library, "ab"), ask(library, "b")]
+    assert not any(future.done() for future in early)
+    acquire(library, "a").release()  # others do not wait for it
+    with pytest.raises(UnknownAdapter):
+        ask(library, "bc")
+    early[2].cancel()
+    gate.opened.set()
+    assert loading.result(SECONDS).generation == 1
+    sets = [future.result(SECONDS) for future in early[:2]]
+    assert sets[0].terms[0].adapter in [term.adapter for term in sets[1].terms]
+    for each in sets:
+        each.release()
+    assert [info.num_users for info in library.list()] == [0, 0]
+
+
+def test_a_name_whose_first_load_fails_is_unknown_to_those_who_waited(shelf: Any, make_library: Make) -> None:
+    library = make_library()
+    shelf.write("bad", 1)
+    path = shelf.damage("bad")
+    gate = shelf.gate(path)
+    loading = library.load("b", path)
+    assert gate.reached.wait(SECONDS)
+    waiting = ask(library, "b")
+    gate.opened.set()
+    with pytest.raises(AdapterRefused):
+        loading.result(SECONDS)
+    with pytest.raises(UnknownAdapter):
+        waiting.result(SECONDS)
+
+
+def test_who_waits_for_a_first_load_hears_that_the_library_closes(shelf: Any, make_library: Make) -> None:
+    library = make_library()
+    path = shelf.write("b", 1)
+    gate = shelf.gate(path)
+    loading = library.load("b", path)
+    assert gate.reached.wait(SECONDS)
+    waiting = ask(library, "b")
+    closing = threading.Thread(target=library.close)
+    closing.start()
+    for future in (loading, waiting):
+        with pytest.raises(EngineClosed):
+            future.result(SECONDS)
+    gate.opened.set()
+    closing.join()
+
+
+def test_who_waits_for_a_first_load_does_not_wait_for_ever(shelf: Any, make_library: Make) -> None:
+    library = make_library(wait_seconds=0.05)
+    path = shelf.write("b", 1)
+    gate = shelf.gate(path)
+    loading = library.load("b", path)
+    assert gate.reached.wait(SECONDS)
+    with pytest.raises(AdaptersBusy, match=r"adapter 'b' did not get into memory within 0\.05 seconds"):
+        ask(library, "b").result(SECONDS)
+    gate.opened.set()
+    loading.result(SECONDS)
