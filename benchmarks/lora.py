@@ -3,8 +3,8 @@
     python benchmarks/lora.py                              # everything, about five minutes on two cores
     python benchmarks/lora.py --only throughput --concurrency 16 --rounds 5 --json
 
-throughput    tokens per second of the engine with 1, 8 and 64 different adapters of rank 16 in the batch (no more than it
-              has requests), over the same engine without; of all linear layers, and of q_proj and v_proj only
+throughput    tokens per second of the engine with 1, 8 and 64 different adapters of rank 16 in the batch (or as many as
+              there are requests), over the same engine without; of all linear layers, and of q_proj and v_proj only
 first token   of one request alone: without an adapter; with one that lies on the device; with one that is only on disk
               and has never been loaded, from asking the library to load it
 peft          the same greedy requests, each with its own adapter, one after the other: set_adapter, then
