@@ -8,6 +8,7 @@ the same tensor, such as the query, key and value projections, become one produc
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +30,14 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def watch_elsewhere(module: nn.Module, num_tokens: int) -> Iterator[set[str]]:
-    """Find, in the forward pass over so many tokens that runs inside the block, linear layers that are not given all of
-    them, once: such as the experts of a mixture. The set, of their names, is filled when the block ends."""
+    """Find, in the forward pass over so many tokens that runs inside the block, modules with weights of their own that
+    are not given all of them, once, one after the other: such as the experts of a mixture, or norms of heads that are
+    not given token by token. The set, of their names, is filled when the block ends."""
     elsewhere: set[str] = set()
-    layers = {name: part for name, part in module.named_modules() if _is_linear(part)}
-    given: dict[nn.Module, list[int]] = {part: [] for part in layers.values()}
+    parts = {name: part for name, part in module.named_modules() if _is_linear(part) or _has_parameters(part)}
+    given: dict[nn.Module, list[int]] = {part: [] for part in parts.values()}
     hooks = [
-        part.register_forward_pre_hook(
-            lambda at, args: given[at].append(args[0].numel() // args[0].shape[-1])
-        )
+        part.register_forward_pre_hook(lambda at, args: given[at].append(_num_given(at, args)))
         for part in given
     ]
     try:
@@ -45,7 +45,23 @@ def watch_elsewhere(module: nn.Module, num_tokens: int) -> Iterator[set[str]]:
     finally:
         for hook in hooks:
             hook.remove()
-    elsewhere |= {name for name, part in layers.items() if given[part] != [num_tokens]}
+    elsewhere |= {name for name, part in parts.items() if given[part] != [num_tokens]}
+
+
+def _num_given(part: nn.Module, args: tuple[Any, ...]) -> int:
+    """How many tokens the module is given; 0 where it is given nothing that says so."""
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or not x.ndim:
+        return 0
+    if isinstance(part, nn.Embedding):
+        return x.numel()
+    if _is_linear(part):
+        return x.numel() // x.shape[-1]
+    return x.shape[1] if x.ndim > 2 and x.shape[0] == 1 else x.shape[0]
+
+
+def _has_parameters(part: nn.Module) -> bool:
+    return any(True for _ in part.parameters(recurse=False))
 
 
 @contextmanager

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cadenza.decoding.adapters.batch import AdapterBatch, batch_of
+from cadenza.decoding.adapters.embedding_site import EmbeddingHook
 from cadenza.decoding.adapters.set import AdapterSet
-from cadenza.decoding.adapters.sites import EmbeddingHook, LinearHook, ModuleHook, SiteHook
+from cadenza.decoding.adapters.sites import LinearHook, ModuleHook, SiteHook
 from cadenza.decoding.adapters.slots import AdapterSlots
 from cadenza.decoding.adapters.tables import PlaneTables
 from cadenza.decoding.adapters.weights import ModuleWeights
@@ -92,7 +93,8 @@ class AdapterRuntime:
     def _make_hook(self, name: str) -> SiteHook:
         site = self.layout.sites[name]
         if site.kind == "embedding":
-            return EmbeddingHook(site, self._current, self._dtype, self._device)
+            is_input = name == self.layout.input_embedding
+            return EmbeddingHook(site, self._current, self._dtype, self._device, is_input=is_input)
         if site.kind == "other":
             return ModuleHook(self._current, self._dtype, self._device)
         tables = partial(

@@ -18,7 +18,7 @@ from cadenza.decoding.adapters.batch import AdapterBatch, Placed, RowsOfSets
 from cadenza.decoding.adapters.experts import AdaptedStack
 from cadenza.decoding.adapters.tables import PlaneTables
 from cadenza.kernels.lora import num_planes
-from cadenza.models.adapters.adapter import Change, EmbeddingChange, LinearChange, LowRank, ModuleChange
+from cadenza.models.adapters.adapter import Change, LinearChange, LowRank, ModuleChange
 from cadenza.models.adapters.layout import Site
 from cadenza.models.linear import PackedLinear
 
@@ -78,6 +78,7 @@ class LinearHook:
             self._dense[slot] = _Dense(self._linear(weight, bias), None, None)
             return
         if change.gain is not None or change.bias is not None or change.rows is not None:
+            self._base_bias()  # asked for now: inside a forward pass a layer that waits elsewhere cannot be asked
             gain, bias = (self._on_device(part) for part in (change.gain, change.bias))
             self._dense[slot] = _Dense(None, gain, bias, self._rows(change))
         if change.low_rank is not None:
@@ -149,7 +150,7 @@ class LinearHook:
         ]
         scale, after = changes[0]
         if len(changes) > 1 or scale != 1.0:
-            after = _weighted(before, changes)
+            after = weighted(before, changes)
         after = after[:, : out.shape[1]]  # a table may have more rows than there are tokens
         out[:, : after.shape[1]].index_copy_(0, at, after)
 
@@ -168,7 +169,7 @@ class LinearHook:
         return after
 
 
-def _weighted(before: Tensor, changes: Sequence[tuple[float, Tensor]]) -> Tensor:
+def weighted(before: Tensor, changes: Sequence[tuple[float, Tensor]]) -> Tensor:
     """before + Σ scale · (after - before); what `before` has no columns for counts as 0 there."""
     width = max(after.shape[1] for _, after in changes)
     base = F.pad(before, (0, width - before.shape[1]))
@@ -192,106 +193,6 @@ def _whole(change: LinearChange) -> Tensor:
     if change.rows is not None:
         weight = weight.index_copy(0, change.rows[0], change.rows[1].float())
     return weight
-
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    change: EmbeddingChange
-    a: Tensor | None
-    """[tokens, rank]"""
-    b: Tensor | None
-    """[rank, embedding_dim]"""
-    row_of: Tensor | None
-    """[tokens] where `rows` has the token's row, -1: nowhere."""
-
-
-class EmbeddingHook:
-    """Rows of each set looked up in the tables of its adapters."""
-
-    def __init__(self, site: Site, batch: Batch, dtype: torch.dtype, device: torch.device) -> None:
-        self._site, self._batch, self._dtype, self._device = site, batch, dtype, device
-        self._tables: dict[int, _Table] = {}
-
-    def put(self, slot: int, change: Change) -> None:
-        assert isinstance(change, EmbeddingChange)
-        a = b = row_of = None
-        if change.low_rank is not None:
-            a = change.low_rank.a.T.to(self._device, self._dtype).contiguous()
-            b = change.low_rank.b.T.to(self._device, self._dtype).contiguous()
-        if change.rows is not None:
-            ids, values = change.rows
-            size = max(self._site.shapes["weight"][0], int(ids.max()) + 1)
-            row_of = torch.full((size,), -1, dtype=torch.int64)
-            row_of[ids] = torch.arange(len(ids))
-            row_of = row_of.to(self._device)
-            change = EmbeddingChange(
-                change.low_rank, change.gain, change.weight, (ids, values.to(self._device, self._dtype))
-            )
-        self._tables[slot] = _Table(change, a, b, row_of)
-
-    def clear(self, slot: int) -> None:
-        self._tables.pop(slot, None)
-
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """A pre-hook: tokens that only adapters know must not be looked up in the model's own table."""
-        batch = self._batch()
-        if batch is None or batch.num_tokens is None:
-            return None
-        return (args[0].clamp(max=self._site.shapes["weight"][0] - 1), *args[1:])
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        batch = self._batch()
-        if batch is None or not self._tables:
-            return None
-        rows = batch.every
-        ids = batch.token_ids
-        out = output.view(-1, output.shape[-1])
-        embed_scale = getattr(module, "embed_scale", None)
-        for number, own in enumerate(rows.sets):
-            if not any(placed.slot in self._tables for placed in own):
-                continue
-            at = rows.rows_of(number)
-            own_ids, before = ids[at], out[at]
-            changes = [
-                (placed.scale, self._changed(self._tables[placed.slot], own_ids, before, embed_scale))
-                for placed in own
-                if placed.slot in self._tables
-            ]
-            scale, after = changes[0]
-            out[at] = after if len(changes) == 1 and scale == 1.0 else _weighted(before, changes)
-        return None
-
-    def _changed(self, table: _Table, ids: Tensor, before: Tensor, embed_scale: Any) -> Tensor:
-        """[n, embedding_dim]; embed_scale: what the module multiplies what it looks up with."""
-        change, after = table.change, before
-
-        def scaled(values: Tensor) -> Tensor:
-            values = values.to(self._device, self._dtype)
-            return values if embed_scale is None else values * torch.as_tensor(embed_scale).to(values)
-
-        if change.weight is not None:
-            after = scaled(change.weight[ids.cpu()])
-        if change.gain is not None:
-            after = after * (1 + change.gain.to(self._device, self._dtype))
-        if table.a is not None and table.b is not None:
-            weights = table.a[
-                ids
-            ]  # one bag of b's rows for each token: a token's sum does not depend on the others
-            rank = weights.shape[1]
-            indices = torch.arange(rank, device=ids.device).repeat(len(ids))
-            bags = F.embedding_bag(
-                indices,
-                table.b,
-                torch.arange(len(ids), device=ids.device) * rank,
-                mode="sum",
-                per_sample_weights=weights.reshape(-1),
-            )
-            after = after + scaled(bags)
-        if table.row_of is not None and change.rows is not None:
-            found = table.row_of[ids.clamp(max=len(table.row_of) - 1)]
-            values = scaled(change.rows[1][found.clamp(min=0)])
-            after = torch.where((found >= 0)[:, None], values, after)
-        return after
 
 
 class ModuleHook:

@@ -24,11 +24,11 @@ class Site:
     """Of its parameters by name, as the model was trained: "weight" [out_features, in_features] of linear layers
     ([in_features, out_features] where `is_transposed`), [tokens, embedding_dim] of embeddings."""
     is_transposed: bool = False
-    """GPT-2's `Conv1D`, whose weight lies the other way round in checkpoints, and experts whose parameters lie as
-    [experts, in_features, out_features]."""
+    """GPT-2's `Conv1D`, quantized or not, whose weight lies the other way round in checkpoints, and experts whose
+    parameters lie as [experts, in_features, out_features]."""
     is_everywhere: bool = True
-    """Linear layers: it is given every token of the sequence, in order, once per forward pass. Only such a layer can
-    be told whose token each row is."""
+    """It is given every token of the sequence, in order, once per forward pass. Only such a module can be told whose
+    token each row is."""
 
     @property
     def in_features(self) -> int:
@@ -52,18 +52,19 @@ class Layout:
 
 
 def layout_of(module: Any, elsewhere: Collection[str] = ()) -> Layout:
-    """Of a transformers model whose layers are not packed yet. elsewhere: linear layers that are not given every token
-    in order."""
+    """Of a transformers model whose layers are not packed yet. elsewhere: modules that are not given every token in
+    order."""
     holders = [part for part in module.modules() if isinstance(part, ExpertStack | StreamedLayer)]
     inside = {id(layer) for holder in holders for layer in holder.modules() if layer is not holder}
+    names = {part: name for name, part in module.named_modules()}
+    head = module.get_output_embeddings()
+    embedding = names[module.get_input_embeddings()]
     sites = {}
     for name, part in module.named_modules():
         own = part.layer if isinstance(part, StreamedLayer) else part
         if id(part) not in inside and _has_weights(own):
-            sites[name] = _site(own, name in elsewhere)
-    names = {part: name for name, part in module.named_modules()}
-    head = module.get_output_embeddings()
-    embedding = names[module.get_input_embeddings()]
+            is_elsewhere = name in elsewhere or (name != embedding and _has_own_lookup(own))
+            sites[name] = _site(own, is_elsewhere)
     return Layout(
         sites,
         embedding,
@@ -78,6 +79,11 @@ def _has_weights(part: nn.Module) -> bool:
     return is_quantized or any(True for _ in part.parameters(recurse=False))
 
 
+def _has_own_lookup(part: nn.Module) -> bool:
+    """An embedding that is not given the rows of its table: OPT's positions begin at its third one."""
+    return isinstance(part, nn.Embedding) and type(part) is not nn.Embedding
+
+
 def _stacks(part: nn.Module) -> dict[str, ExpertStack]:
     """Quantized experts, each in place of a parameter."""
     return {name: child for name, child in part.named_children() if isinstance(child, ExpertStack)}
@@ -87,12 +93,14 @@ def _site(part: nn.Module, is_elsewhere: bool) -> Site:
     shapes = {name: tuple(parameter.shape) for name, parameter in part.named_parameters(recurse=False)}
     if isinstance(part, QuantizedLinear | QuantizedEmbedding):
         shapes["weight"] = tuple(part.weight.shape)
+    is_transposed = bool(getattr(part, "is_transposed", False)) or isinstance(part, Conv1D)
+    if isinstance(part, QuantizedLinear) and is_transposed:
+        shapes["weight"] = (part.in_features, part.out_features)
     for name, stack in _stacks(part).items():
         first = stack.experts[0]
         assert isinstance(first, QuantizedLinear)
         shapes[name] = (len(stack.experts), first.out_features, first.in_features)
     if isinstance(part, nn.Linear | Conv1D | QuantizedLinear):
-        return Site("linear", shapes, isinstance(part, Conv1D), not is_elsewhere)
+        return Site("linear", shapes, is_transposed, not is_elsewhere)
     is_embedding = isinstance(part, nn.Embedding | QuantizedEmbedding)
-    is_transposed = bool(getattr(part, "is_transposed", False))
-    return Site("embedding" if is_embedding else "other", shapes, is_transposed)
+    return Site("embedding" if is_embedding else "other", shapes, is_transposed, not is_elsewhere)

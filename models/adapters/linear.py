@@ -18,10 +18,6 @@ from cadenza.models.errors import ModelError
 
 
 def linear_change(group: Group, terms: Terms, base: BaseWeights, vocabulary: Vocabulary) -> LinearChange:
-    if not group.site.is_everywhere:
-        raise ModelError(
-            f"{group.name} cannot be adapted: the model does not give it every token of a sequence in order"
-        )
     weight, num_rows, rows = _weight_and_rows(group, terms, base, vocabulary, group.site.in_features)
     out_features = group.site.out_features if num_rows is None else num_rows
     bias = take_parameter(group, "bias", vocabulary)

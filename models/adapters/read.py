@@ -29,6 +29,7 @@ from cadenza.models.adapters.saved import Vocabulary
 from cadenza.models.adapters.token_rows import token_ids
 from cadenza.models.adapters.tokenizer import files_digest, has_tokenizer, read_tokenizer
 from cadenza.models.adapters.vocabulary import fit_vocabulary
+from cadenza.models.errors import ModelError
 
 if TYPE_CHECKING:
     from cadenza.models.tokenizer import Tokenizer
@@ -67,6 +68,10 @@ def read_adapter(
 
 
 def _change(group: Group, terms: Terms, base: BaseWeights, vocabulary: Vocabulary) -> Change:
+    if not group.site.is_everywhere:
+        raise ModelError(
+            f"{group.name} cannot be adapted: the model does not give it every token of a sequence in order"
+        )
     match group.site.kind:
         case "linear":
             return linear_change(group, terms, base, vocabulary)

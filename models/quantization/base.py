@@ -36,6 +36,8 @@ class QuantizedLinear(nn.Module, ABC):
         bias = torch.empty(out_features, dtype=dtype, device="meta") if has_bias else None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.is_prepared = False
+        self.is_transposed = False
+        """The layer in its place was GPT-2's `Conv1D`, whose weight checkpoints have the other way round."""
 
     @property
     def weight(self) -> Tensor:

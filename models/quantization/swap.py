@@ -53,7 +53,8 @@ def quantize_modules(module: Any, method: Method, dtype: torch.dtype) -> dict[st
             if name.rpartition(".")[2] in ROUTERS or not chosen.can_quantize(out_features, in_features):
                 continue
             new = chosen.layer(in_features, out_features, has_bias=child.bias is not None, dtype=dtype)
-            replaced[name] = Replaced(f"{name}.weight", chosen, isinstance(child, Conv1D))
+            new.is_transposed = isinstance(child, Conv1D)
+            replaced[name] = Replaced(f"{name}.weight", chosen, new.is_transposed)
         else:
             replaced |= _replace_experts(name, child, method, dtype)
             continue
