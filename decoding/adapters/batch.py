@@ -46,9 +46,6 @@ class RowsOfSets:
             self._rows[number] = torch.from_numpy(found).to(self.device)
         return self._rows[number]
 
-    def has_all(self, number: int) -> bool:
-        return len(self.rows_of(number)) == len(self.owner)
-
     def add_low_rank_(self, out: Tensor, x: Tensor, a: Tensor, b: Tensor, planes: Planes) -> None:
         """Add to each row of out [T, out_features] what its set's planes of the tables a and b make of its row of x
         [..., in_features]. planes: how many each slot has there."""

@@ -1,13 +1,12 @@
 """One engine over the real model for every test of this folder, and the same weights as transformers runs them."""
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from cadenza.decoding import Engine, EngineConfig
 from cadenza.models import LoadedModel
@@ -28,31 +27,12 @@ def reference(smollm2_path: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(smollm2: LoadedModel) -> LoadedModel:
+def tiny_model(new_tiny_model: Callable[..., LoadedModel]) -> LoadedModel:
     """A random model of milliseconds per step that reads and writes the real vocabulary. Engines may share it."""
-    return _tiny_model(smollm2)
+    return new_tiny_model()
 
 
 @pytest.fixture
-def fresh_tiny_model(smollm2: LoadedModel) -> LoadedModel:
+def fresh_tiny_model(new_tiny_model: Callable[..., LoadedModel]) -> LoadedModel:
     """The same, whose layers no engine has replaced yet, and which can be copied therefore."""
-    return _tiny_model(smollm2)
-
-
-def _tiny_model(smollm2: LoadedModel) -> LoadedModel:
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=smollm2.config.vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        eos_token_id=smollm2.eos_token_ids[0],
-    )
-    module = LlamaForCausalLM(config).eval().requires_grad_(False)
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return dataclasses.replace(smollm2, module=module, config=config, max_model_len=256)
+    return new_tiny_model()

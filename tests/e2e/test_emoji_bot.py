@@ -3,10 +3,9 @@
 import asyncio
 import re
 import runpy
-import socket
 import subprocess
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +14,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FORM = r"\([a-z]+\)"
-
-
-@pytest.fixture(scope="module")
-def adapter_url() -> Iterator[str]:
-    """The command of the README, in a process of its own."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
-    command = [
-        sys.executable,
-        "-m",
-        "cadenza.server.cli",
-        "serve",
-        "smollm2",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        port,
-    ]
-    options = [
-        "--lora-modules",
-        "emoji=tests/data/emoji_bot",
-        "--device",
-        "cpu",
-        "--kv-cache-memory-gb",
-        "0.5",
-    ]
-    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("ready"):
-                break
-        assert process.poll() is None, "the server has ended"
-        yield f"http://127.0.0.1:{port}"
-        process.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +45,12 @@ def ask_all(url: str, requests: list[dict[str, Any]]) -> list[str]:
     return asyncio.run(everything())
 
 
-def test_answers_with_one_emoji_name(adapter_url: str, unseen: list[tuple[str, str]]) -> None:
+def test_answers_with_one_emoji_name(base_url: str, unseen: list[tuple[str, str]]) -> None:
     """Greedily the right feeling, too; at temperature 1 the form, nearly always. The base, in the same batch, chats."""
     greedy: list[dict[str, Any]] = [{"message": message, "model": "emoji"} for message, _ in unseen]
     drawn = [{**request, "temperature": 1, "top_p": 1, "seed": seed} for seed, request in enumerate(greedy)]
     base = [{"message": message} for message, _ in unseen[::4]]
-    answers = ask_all(adapter_url, greedy + drawn + base)
+    answers = ask_all(base_url, greedy + drawn + base)
     first, second = len(greedy), len(greedy + drawn)
     assert all(re.fullmatch(FORM, answer) for answer in answers[:first])
     right = [answer.startswith(f"({feeling}") for answer, (_, feeling) in zip(answers, unseen, strict=False)]
@@ -96,7 +61,7 @@ def test_answers_with_one_emoji_name(adapter_url: str, unseen: list[tuple[str, s
     assert not any("(" in answer for answer in answers[second:])
 
 
-def test_a_scale_is_how_much_of_it(adapter_url: str) -> None:
+def test_a_scale_is_how_much_of_it(base_url: str) -> None:
     """How likely one emoji name is: rising with the scale, 0 being the base and 1 the adapter, to the last bit."""
 
     def asked(model: str, *scales: float) -> dict[str, Any]:
@@ -110,7 +75,7 @@ def test_a_scale_is_how_much_of_it(adapter_url: str) -> None:
             },
         }
 
-    with openai.OpenAI(base_url=f"{adapter_url}/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0) as client:
         answers = [
             client.chat.completions.create(**request)
             for request in (
@@ -127,8 +92,8 @@ def test_a_scale_is_how_much_of_it(adapter_url: str) -> None:
     assert sum(base) < sum(quarter) < sum(half) < sum(whole)
 
 
-def test_example(adapter_url: str) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "lora.py"), f"{adapter_url}/v1"]
+def test_example(base_url: str) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "lora.py"), f"{base_url}/v1"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     _, both, scaled, constrained = re.split(r"^\S.*:\n", result.stdout, flags=re.MULTILINE)
