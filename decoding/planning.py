@@ -48,6 +48,8 @@ class PrecisionPlan:
     """What waits elsewhere; None: nothing is limited, or too much is."""
     memory: MemoryPlan | None = None
     """None where the model does not fit."""
+    adapter_bytes: int = 0
+    """Of the slots for adapters, counted among what a step takes."""
     refusal: str | None = None
     """Why `serve` would refuse, in its own words."""
 
@@ -170,7 +172,7 @@ class _Planner:
             return replace(plan, refusal=str(error))
         module = _shapes_only(self.outline, dtype, method)
         sizes = weight_sizes(module, self.device, dtype, is_quantized=method is not None)
-        plan = replace(plan, sizes=sizes)
+        plan = replace(plan, sizes=sizes, adapter_bytes=self._adapter_bytes(dtype))
         try:
             plan = replace(plan, placement=self._placement(module, dtype))
             self._require(plan, is_float=method is None and self.outline.quantized_by is None)
@@ -213,7 +215,7 @@ class _Planner:
             [*self.shapes, *self._draft_shapes],
             probe.longest_independent_context(config),
             None if free is None else max(0, free - in_use),
-            self._adapter_bytes(plan.torch_dtype),
+            plan.adapter_bytes,
         )
         return plan_memory(wanted)
 

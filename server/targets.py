@@ -6,6 +6,7 @@ a swap in between changes nothing. Knows no routes.
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from cadenza.decoding.adapters.library import AdapterInfo
     from cadenza.decoding.adapters.set import AdapterSet
     from cadenza.models import Tokenizer
+
+logger = logging.getLogger("cadenza.server")
 
 Result = TypeVar("Result")
 
@@ -42,7 +45,7 @@ class Target:
     def fingerprint(self) -> str:
         """Changes with the content of the adapters, as it does with that of the model."""
         own = self.engine.model.fingerprint
-        if self.adapters is None:
+        if self.adapters is None or not self.adapters.terms:  # all of them at scale 0: the model itself
             return own
         return f"{own}_{hashlib.sha256(self.adapters.key.encode()).hexdigest()[:8]}"
 
@@ -117,6 +120,7 @@ class Targets:
             missing = next((term for term in terms if term.name not in present), terms[0])
             raise missing.not_found from None
         except AdapterRefused as error:  # it was fine when it was loaded: no fault of this client's
+            logger.warning("%s", error)
             raise unavailable(str(error), "adapter_unreadable") from None
 
     async def _waited(self, future: "Future[AdapterSet]", limit: int) -> "AdapterSet":

@@ -122,7 +122,7 @@ def read_config(folder: Path) -> AdapterConfig:
 
 def _refuse_kinds(content: Mapping[str, Any]) -> None:
     if (kind := content.get("peft_type")) != "LORA":
-        raise ModelError(f"peft_type {kind!r} is not supported; adapters are LORA")
+        raise ModelError(f"peft_type {kind!r} is not supported; only LORA is")
     if (task := content.get("task_type")) not in _TASKS:
         raise ModelError(f"task_type {task!r} is not supported; adapters of language models are CAUSAL_LM")
     start = content.get("init_lora_weights")

@@ -68,8 +68,8 @@ class AdapterSources:
         if found and not _HUB_ID.fullmatch(spec):
             raise ModelError(f"there is no folder {spec!r}")
         raise AdapterPathError(
-            f"{spec!r} is neither below a folder that adapters may be loaded from (--lora-allowed-roots) nor a Hugging "
-            "Face id that is allowed (--lora-allowed-hub-ids)"
+            f"{spec!r} is neither a folder below those that adapters may be loaded from (--lora-allowed-roots) nor a "
+            "Hugging Face id that is allowed (--lora-allowed-hub-ids)"
         )
 
     def _below_roots(self, spec: str) -> Iterator[tuple[Path, Path]]:

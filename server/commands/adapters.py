@@ -26,7 +26,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
     add(
         "--lora-allowed-hub-ids",
         metavar="ID",
-        help="Hugging Face ids of such adapters; org/* for all of one's",
+        help="Hugging Face ids of adapters that may be loaded; org/* for all of an organisation's",
     )
 
 

@@ -31,11 +31,16 @@ def run(args: argparse.Namespace) -> int:
     gc.enable()
     try:
         sampling = _sampling(engine, args)
-        _say(f"{engine.model.name} is ready after {time.perf_counter() - start:.1f} s; ctrl-D ends")
+        _say(f"{_title(engine)} is ready after {time.perf_counter() - start:.1f} s; ctrl-D ends")
         _converse(engine, sampling, args.system, _adapters(engine))
     finally:
         engine.close()
     return 0
+
+
+def _title(engine: "Engine") -> str:
+    adapters = [] if engine.adapters is None else [info.name for info in engine.adapters.list()]
+    return " + ".join([engine.model.name, *adapters])
 
 
 def _sampling(engine: "Engine", args: argparse.Namespace) -> "SamplingParams":

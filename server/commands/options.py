@@ -4,11 +4,13 @@ the loader's own configuration, so that no default is written twice.
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from cadenza.decoding.adapters.module import LoraModule
+from cadenza.decoding.adapters.module import LoraModule, first_duplicate, name_fault
 from cadenza.models.errors import ModelError
 
 if TYPE_CHECKING:
@@ -134,7 +136,9 @@ def _lora_module(text: str) -> LoraModule:
 
 def _named(text: str) -> dict[str, str]:
     if not text.startswith("{"):
-        name, _, path = text.partition("=")
+        name, separator, path = text.partition("=")
+        if not separator:
+            raise argparse.ArgumentTypeError(f"takes NAME=PATH, or JSON: {text}")
         return {"name": name, "path": path}
     try:
         named = json.loads(text)
@@ -178,11 +182,19 @@ def conversation_config(args: argparse.Namespace) -> "EngineConfig":
         if hasattr(args, "max_lora_rank"):
             raise ModelError("--max-lora-rank needs --lora")
         return EngineConfig(max_num_seqs=1)
-    modules = tuple(LoraModule(f"lora-{number}", path) for number, path in enumerate(paths, 1))
+    modules = tuple(map(LoraModule, _names_of(paths), paths))
     bounds = {"max_lora_rank": args.max_lora_rank} if hasattr(args, "max_lora_rank") else {}
     return EngineConfig(
         max_num_seqs=1, enable_lora=True, max_loras=len(modules), lora_modules=modules, **bounds
     )
+
+
+def _names_of(paths: Sequence[str]) -> list[str]:
+    """What messages call the adapters of a conversation: their folders, as far as these can be names, and differ."""
+    names = [PurePath(path).name for path in paths]
+    if first_duplicate(names) is None and not any(map(name_fault, names)):
+        return names
+    return [f"lora-{number}" for number in range(1, len(paths) + 1)]
 
 
 def check_adapter_flags(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from cadenza.models.errors import ModelError
 from cadenza.server.commands.options import engine_config, load_config
 from cadenza.server.commands.quantities import count, gib
 from cadenza.server.commands.report import at_once
@@ -15,18 +16,32 @@ from cadenza.server.commands.report import at_once
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from cadenza.decoding import EngineConfig
     from cadenza.decoding.planning import ModelPlan, PrecisionPlan
 
 
 def plan(args: argparse.Namespace) -> int:
     from cadenza.decoding.planning import plan_model
 
-    found = plan_model(args.model, load_config(args), engine_config(args))
+    config = engine_config(args)
+    _check_adapters(config)
+    found = plan_model(args.model, load_config(args), config)
     if args.json:
         print(json.dumps(as_json(found), indent=2))
     else:
-        _print(found)
+        _print(found, config)
     return 0 if found.chosen.refusal is None else 1
+
+
+def _check_adapters(config: "EngineConfig") -> None:
+    """Those of --lora-modules are there, as far as names of files tell; they are read by `serve` only."""
+    from cadenza.models.adapters.locate import locate_trusted
+
+    for module in config.lora_modules:
+        try:
+            locate_trusted(module.path)
+        except ModelError as error:
+            raise ModelError(f"adapter {module.name}: {error}") from error
 
 
 def as_json(plan: "ModelPlan") -> dict[str, Any]:
@@ -81,6 +96,7 @@ def _precision_json(plan: "PrecisionPlan") -> dict[str, Any]:
         "full_precision_bytes": None if sizes is None else dict(sizes.kept),
         "offload": _offload_json(plan),
         "refusal": plan.refusal,
+        "adapter_bytes": plan.adapter_bytes,
         "step_bytes": None if memory is None else memory.demand.step_bytes,
         "kv_cache_bytes": None if memory is None else memory.num_bytes,
         "kv_cache_tokens": None if memory is None else memory.num_tokens,
@@ -111,7 +127,7 @@ def _kv_bytes_per_token(plan: "ModelPlan", precision: "PrecisionPlan") -> int:
     return sum(shape.bytes_per_token(dtype) for shape in plan.shapes)
 
 
-def _print(plan: "ModelPlan") -> None:
+def _print(plan: "ModelPlan", config: "EngineConfig") -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)
@@ -120,7 +136,7 @@ def _print(plan: "ModelPlan") -> None:
     with console.capture() as capture:
         console.print(_facts(plan))
         console.print(_precisions(plan))
-        console.print(_decisions(plan))
+        console.print(_decisions(plan, config))
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
@@ -175,7 +191,7 @@ def _short(plan: "PrecisionPlan") -> str:
     return refusal.partition(":")[0] if plan.sizes is not None else refusal
 
 
-def _decisions(plan: "ModelPlan") -> "Table":
+def _decisions(plan: "ModelPlan", config: "EngineConfig") -> "Table":
     chosen, table = plan.chosen, _grid()
     if chosen.refusal is not None:
         table.add_row("serve", f"would refuse: {chosen.refusal}")
@@ -196,6 +212,9 @@ def _decisions(plan: "ModelPlan") -> "Table":
     table.add_row("KV cache", f"{memory.num_tokens} tokens, {gib(memory.num_bytes)} ({memory.reason})")
     table.add_row("context", f"{memory.max_model_len} tokens ({memory.context_reason})")
     table.add_row("at once", at_once(memory))
+    if config.enable_lora:
+        slots = f"at most {gib(chosen.adapter_bytes)} for {config.max_loras} in a step, of rank {config.max_lora_rank}"
+        table.add_row("adapters", f"{slots} or less, counted above")
     if plan.draft is not None:
         table.add_row("drafts", f"by {plan.draft.name}, counted above")
     return table

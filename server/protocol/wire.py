@@ -82,6 +82,10 @@ def _first_error(errors: list[ErrorDetails]) -> RequestError:
             return RequestError(f"{param} is required.", param, "missing_required_parameter")
         case "extra_forbidden":
             return RequestError(f"Unrecognized request argument: {param}", param, "unknown_parameter")
+        case "model_type" | "dict_type":  # pydantic would name our class
+            return RequestError(f"{param} must be a JSON object.", param)
+        case "list_type":
+            return RequestError(f"{param} must be a list.", param)
         case "value_error":
             return RequestError(f"{param} {error['ctx']['error']}", param)
         case _:

@@ -39,7 +39,8 @@ def _changing(request: Request, context: Context) -> "AdapterLibrary":
         raise ApiError(
             403,
             "Adapters cannot be changed while this server runs; to allow it, start it with --admin-api-key or with"
-            " CADENZA_ALLOW_RUNTIME_LORA_UPDATING=1.",
+            " CADENZA_ALLOW_RUNTIME_LORA_UPDATING=1, and to load any, with --lora-allowed-roots or"
+            " --lora-allowed-hub-ids.",
             type="permission_error",
             code="updates_not_allowed",
         )
@@ -134,7 +135,7 @@ def _exists(name: str) -> ApiError:
 
 def _success(info: "AdapterInfo", done: str) -> PlainTextResponse:
     """vLLM's text; the generation is what a later `expected_generation` would be."""
-    logger.info("adapter %s %s: generation %d, from %s", info.name, done, info.generation, info.path)
+    logger.info("adapter %s %s: generation %d, of %s", info.name, done, info.generation, info.path)
     text = f"Success: LoRA adapter '{info.name}' {done} successfully"
     return PlainTextResponse(text, headers={"x-lora-generation": str(info.generation)})
 

@@ -116,7 +116,8 @@ def test_adapters_to_start_with(texts: list[str], modules: list[LoraModule]) -> 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a", "empty path"),
+        ("a", "takes NAME=PATH"),
+        ("a=", "empty path"),
         ("=x", "must not be empty"),
         ("a:b=x", "colons"),
         ("a b=x", "spaces"),
@@ -246,7 +247,10 @@ def test_a_conversation_with_adapters() -> None:
     assert run() == EngineConfig(max_num_seqs=1)
     config = run("--lora", "some/folder", "org/name", "--max-lora-rank", "64")
     assert [module.path for module in config.lora_modules] == ["some/folder", "org/name"]
+    assert [module.name for module in config.lora_modules] == ["folder", "name"], "as messages call them"
     assert (config.enable_lora, config.max_loras, config.max_lora_rank) == (True, 2, 64)
+    for paths in (("a/x", "b/x"), ("some folder", "x"), ("..", "/")):
+        assert [module.name for module in run("--lora", *paths).lora_modules] == ["lora-1", "lora-2"]
     with pytest.raises(ModelError, match="--max-lora-rank needs --lora"):
         run("--max-lora-rank", "64")
 

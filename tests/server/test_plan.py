@@ -217,6 +217,22 @@ def test_a_precision_that_fits_is_offered(
     assert "at least 128 are needed" in no_room["serve"]["refusal"]
 
 
+def test_adapters_are_counted_and_have_to_be_there(
+    folder_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder, flags = folder_of("Llama"), ["--enable-lora", "--max-loras", "3", "--max-lora-rank", "17"]
+    plain, plan = planned(capsys, folder, *FLAGS)["serve"], planned(capsys, folder, *FLAGS, *flags)["serve"]
+    ranks = 3 * 32  # tables are made in planes of 16 ranks
+    per_rank = 2 * (4 * 64 + 64 + 2 * 32 + 64) + 2 * (3 * 64 + 3 * 96)  # q, k, v, o, then gate, up, down
+    assert plan["adapter_bytes"] == ranks * per_rank * 4
+    assert plan["step_bytes"] - plain["step_bytes"] == plan["adapter_bytes"]
+    assert plain["adapter_bytes"] == 0
+    assert main(["plan", str(folder), *FLAGS, *flags]) == 0
+    assert "for 3 in a step, of rank 17 or less" in capsys.readouterr().out
+    assert main(["plan", str(folder), *FLAGS, "--lora-modules", f"x={tmp_path / 'nothing'}"]) == 1
+    assert "adapter x: there is no folder" in capsys.readouterr().err
+
+
 KEYS = {
     "": {"model", "machine", "kv_cache", "precisions", "serve"},
     "model": {
@@ -226,7 +242,7 @@ KEYS = {
     "kv_cache": {"bytes_per_token", "bytes_per_full_context", "layers"},
 }
 ROW = {
-    *("name", "dtype", "quantization", "group_size", "weight_bytes", "weight_bytes_in_use"),
+    *("name", "dtype", "quantization", "group_size", "weight_bytes", "weight_bytes_in_use", "adapter_bytes"),
     *(
         "full_precision_bytes",
         "offload",

@@ -186,6 +186,8 @@ def test_a_swap_while_prompts_are_submitted(
     base = client.post("/v1/completions", json={"prompt": "x"}).json()["system_fingerprint"]
     assert len({before, after, base}) == 3, "the fingerprint changes with the weights"
     assert before.startswith(base)
+    nothing = {"prompt": "x", "lora": [{"id": "red", "scale": 0}]}
+    assert client.post("/v1/completions", json=nothing).json()["system_fingerprint"] == base
     assert users() == 0
 
 
@@ -282,15 +284,20 @@ def test_no_room_in_time(client: Any, engine: Any, adapters: Any) -> None:
 
 
 def test_files_that_have_changed_meanwhile(
-    client: Any, library: AdapterLibrary, adapters: Any, users: Callable[[], int]
+    client: Any,
+    library: AdapterLibrary,
+    adapters: Any,
+    users: Callable[[], int],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """No fault of the client's, and none that it can mend."""
+    """No fault of the client's, and none that it can mend: the operator is told, too."""
     make_cold(library, adapters)
     adapters.write("red", "crimson")
     response = client.post("/v1/completions", json={"prompt": "x", "model": "red"})
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "adapter_unreadable"
     assert str(adapters.root) not in response.text, "no path of this machine's"
+    assert any("'red'" in record.message for record in caplog.records if record.levelname == "WARNING")
     assert users() == 0
 
 

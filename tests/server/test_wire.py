@@ -82,6 +82,21 @@ def test_mistakes_name_their_field(fields: dict[str, Any], param: str) -> None:
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora": "x"}, "lora must be a list."),
+        ({"lora": {"id": "x", "scale": 1}}, "lora must be a list."),
+        ({"lora": ["x"]}, "lora[0] must be a JSON object."),
+        ({"logit_bias": [1]}, "logit_bias must be a JSON object."),
+    ],
+)
+def test_values_of_the_wrong_kind_are_told_in_terms_of_json(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(**fields)
+    assert str(caught.value) == message
+
+
 def test_required_fields() -> None:
     for kind, param in ((ChatRequest, "messages"), (CompletionRequest, "prompt")):
         with pytest.raises(RequestError) as caught:
