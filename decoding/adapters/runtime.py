@@ -52,9 +52,9 @@ class AdapterRuntime:
             stream.when_there = self._attach_below
 
     def warm(self, adapter: Adapter) -> None:
-        """Bring the adapter into a slot if one is free, so that its first request finds it there."""
+        """Bring the adapter into a slot that nobody uses, if there is one, so that its first request finds it there."""
         adapters = AdapterSet.of(adapter)
-        if self.slots.has_free and self.slots.enter(adapters):
+        if self.slots.enter(adapters):
             self.slots.leave(adapters)
 
     @contextmanager

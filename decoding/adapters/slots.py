@@ -23,10 +23,6 @@ class AdapterSlots:
         self._slots: OrderedDict[str, int] = OrderedDict()  # by digest, least recently used first
         self._users: Counter[str] = Counter()
 
-    @property
-    def has_free(self) -> bool:
-        return bool(self._free)
-
     def slot_of(self, adapter: Adapter) -> int:
         """Of an adapter that is held."""
         return self._slots[adapter.digest]

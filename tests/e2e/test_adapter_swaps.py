@@ -24,7 +24,7 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from cadenza.decoding import Engine, EngineConfig
 from cadenza.models import LoadedModel
@@ -133,23 +133,8 @@ def write_adapter(folder: Path, number: int, config: LlamaConfig) -> None:
 
 
 @pytest.fixture(scope="module")
-def small(smollm2: LoadedModel) -> LoadedModel:
-    torch.manual_seed(4)
-    config = LlamaConfig(
-        vocab_size=smollm2.config.vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        eos_token_id=smollm2.eos_token_ids[0],
-    )
-    module = LlamaForCausalLM(config).eval().requires_grad_(False)
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return dataclasses.replace(smollm2, name="small", module=module, config=config, max_model_len=256)
+def small(new_tiny_model: Callable[..., LoadedModel]) -> LoadedModel:
+    return dataclasses.replace(new_tiny_model(4), name="small")
 
 
 @pytest.fixture(scope="module")
