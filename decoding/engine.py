@@ -229,10 +229,10 @@ class Engine(ScriptMethods):
             self._changed.wait_for(
                 lambda: self._stop_now or self._inbox or self._aborted or self._calls or core.has_work
             )
+            if self._stop_now:  # `_end` answers all that is here
+                return False
             arrived, self._inbox = self._inbox, []
             aborted, self._aborted = self._aborted, []
-            if self._stop_now:
-                return False
             for generation in arrived:
                 core.add(generation)
         for generation in aborted:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cadenza.models.adapters.arrays import is_finite, numpy_dtype
 from cadenza.models.errors import ModelError
+from cadenza.models.memory import available_bytes
 from cadenza.models.weights import tensors_of
 
 CONFIG = "adapter_config.json"
@@ -33,12 +34,29 @@ def read_tensors(folder: Path) -> Mapping[str, Tensor]:
         places, size = tensors_of(file), file.stat().st_size
         if not places:
             raise ModelError(f"{WEIGHTS} has no tensors")
-        with file.open("rb") as stream:
-            return {name: _read(stream, size, name, *places[name]) for name in sorted(places)}
+        free = available_bytes(torch.device("cpu"))
+        if free is not None and size > free:
+            raise ModelError(f"{WEIGHTS} has {size} bytes, and only {free} of memory are free")
+        return _read_all(file, size, places)
     except ModelError as error:
         raise ModelError(str(error).replace(str(file), WEIGHTS)) from error
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ModelError(f"{WEIGHTS} is damaged or cannot be read") from error
+
+
+def _read_all(
+    file: Path, size: int, places: Mapping[str, tuple[int, torch.dtype, tuple[int, ...]]]
+) -> dict[str, Tensor]:
+    """size: of the file, which its tensors never exceed together: a header might name the same bytes a thousand
+    times."""
+    tensors, left = {}, size
+    with file.open("rb") as stream:
+        for name in sorted(places):
+            tensors[name] = _read(stream, size, name, *places[name])
+            left -= tensors[name].nbytes
+            if left < 0:
+                raise ModelError(f"{WEIGHTS} is damaged: its tensors overlap")
+    return tensors
 
 
 def _read(

@@ -56,8 +56,9 @@ def read_adapter(
     found = read_tokenizer(folder, tokenizer)
     brought = (found or tokenizer).vocab_size if has_tokenizer(folder) else None
     changes, num_tokens = fit_vocabulary(changes, layout, tokenizer.vocab_size, brought)
+    own_tokenizer = "" if found is None else files_digest(folder)
     return Adapter(
-        digest=_digest(config, tensors, fingerprint, "" if found is None else files_digest(folder)),
+        digest=_digest(config, tensors, fingerprint, f"{own_tokenizer} {num_tokens}"),
         changes={name: change for name, change in changes.items() if _is_any(change)},
         rank=max((_rank(change) for change in changes.values()), default=0),
         num_bytes=_num_bytes(changes.values()),
@@ -81,11 +82,10 @@ def _change(group: Group, terms: Terms, base: BaseWeights, vocabulary: Vocabular
             return module_change(group, terms, vocabulary)
 
 
-def _digest(
-    config: AdapterConfig, tensors: Mapping[str, Tensor], fingerprint: str, tokenizer_digest: str
-) -> str:
-    """Of the content alone: the same wherever the folder lies."""
-    sha = hashlib.sha256(f"{fingerprint}\n{config.meaning}\n{tokenizer_digest}\n".encode())
+def _digest(config: AdapterConfig, tensors: Mapping[str, Tensor], fingerprint: str, vocabulary: str) -> str:
+    """Of the content alone: the same wherever the folder lies. vocabulary: a tokenizer that is the model's own is no
+    part of the adapter, and still says how many of the weights' rows are tokens."""
+    sha = hashlib.sha256(f"{fingerprint}\n{config.meaning}\n{vocabulary}\n".encode())
     for name, tensor in tensors.items():
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         sha.update(_bytes(tensor))

@@ -73,9 +73,7 @@ def test_everywhere_else_is_refused_whatever_is_there(root: Path, tmp_path: Path
     for spec in outside:
         with pytest.raises(AdapterPathError) as refusal:
             AdapterSources((root,)).locate(spec)
-        expected = (
-            f"{spec!r} is neither a folder below those that adapters may be loaded from (--lora-allowed-roots)"
-        )
+        expected = f"{spec!r} is neither a folder below those that adapters may be loaded from (--lora-allowed-roots)"
         assert str(refusal.value).startswith(expected)
         assert str(root) not in str(refusal.value).replace(repr(spec), "")
 

@@ -258,6 +258,27 @@ def test_headers_that_lie(
         read(folder, tiny("llama"))
 
 
+def test_a_file_takes_no_more_memory_than_it_has_bytes(
+    folder: Path, tiny: Callable[..., Any], read: Callable[..., Any]
+) -> None:
+    """Whatever its header says: here, the same bytes many times."""
+    entry = {"dtype": "F32", "shape": [1024], "data_offsets": [0, 4096]}
+    header = json.dumps({f"x{number}": entry for number in range(50)}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(4096)
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match="is damaged: its tensors overlap"):
+        read(folder, tiny("llama"))
+
+
+def test_a_file_that_memory_has_no_room_for_is_not_read(
+    folder: Path, tiny: Callable[..., Any], read: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Holes make files of any size."""
+    monkeypatch.setattr("cadenza.models.adapters.files.available_bytes", lambda device: 1000)
+    with pytest.raises(ModelError, match=r"has \d+ bytes, and only 1000 of memory are free"):
+        read(folder, tiny("llama"))
+
+
 def test_layers_that_are_not_given_every_token_are_refused(
     folder: Path, tiny: Callable[..., Any], tiny_tokenizer: Tokenizer
 ) -> None:

@@ -149,6 +149,22 @@ def test_an_equal_tokenizer_is_the_models(
         assert again.digest == plain.digest
 
 
+def test_rows_are_tokens_if_no_tokenizer_says_otherwise(
+    tiny: Maker, make_adapter: Maker, read: Maker, make_tokenizer: Maker, tmp_path: Path
+) -> None:
+    """The same weights with the model's own tokenizer beside them are another content: their last rows are padding."""
+    size = tiny("llama").config.vocab_size
+    kind = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    folder, _ = make_adapter(
+        tiny("llama"), tmp_path, kind, prepare=lambda model: model.resize_token_embeddings(size + 2)
+    )
+    grown = read(folder, tiny("llama"))
+    make_tokenizer().save_pretrained(folder)
+    padded = read(folder, tiny("llama"))
+    assert (grown.num_tokens, padded.num_tokens) == (size + 2, None)
+    assert grown.digest != padded.digest
+
+
 def pad(fast: Any) -> None:
     fast.pad_token = fast.eos_token
 
