@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cadenza.decoding.adapters.module import LoraModule
     from cadenza.decoding.completion import Completion
     from cadenza.decoding.config import EngineConfig
     from cadenza.decoding.engine import Engine
@@ -38,6 +39,7 @@ _HOMES = {
     "EngineConfig": "config",
     "EngineStats": "stats",
     "GenerationRequest": "request",
+    "LoraModule": "adapters.module",
     "PromptDone": "request",
     "QueueFull": "request",
     "RequestError": "request",
@@ -60,6 +62,7 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "GenerationRequest",
+    "LoraModule",
     "PromptDone",
     "QueueFull",
     "RequestError",

@@ -17,7 +17,7 @@ from cadenza.decoding.strategies.spec import StrategySpec, is_search, search_def
 from cadenza.decoding.stream import RequestStream
 from cadenza.models import LoadedModel
 
-Adapters = str | Mapping[str, float] | None
+Adapters = str | Mapping[str, float] | Sequence[tuple[str, float]] | None
 """An adapter's name, or the scales of several by their names."""
 
 
@@ -96,7 +96,9 @@ class ScriptMethods(ABC):
             return
         if self.adapters is None:
             raise RequestError("this engine takes no adapters: enable_lora is off", "lora")
-        terms = [(adapter, 1.0)] if isinstance(adapter, str) else list(adapter.items())
+        if isinstance(adapter, str):
+            adapter = {adapter: 1.0}
+        terms = list(adapter.items() if isinstance(adapter, Mapping) else adapter)
         adapters = self.adapters.acquire(terms).result()
         try:
             yield adapters

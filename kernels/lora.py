@@ -18,6 +18,9 @@ from torch import Tensor
 PLANE = 16
 """Ranks per plane: one vector register of float32, one line of the cache."""
 
+_AT_ONCE = 2**23
+"""Elements of x that are gathered, and looked up, together: beyond, it is done in pieces."""
+
 
 def num_planes(rank: int) -> int:
     return -(-rank // PLANE)
@@ -50,12 +53,7 @@ class Uses:
     def in_table(self, in_features: int) -> tuple[Tensor, Tensor]:
         """(rows of A's table, where each use begins among them), int32: every plane's in_features rows."""
         if in_features not in self._in_table:
-            within = torch.arange(in_features, dtype=torch.int32, device=self.planes.device)
-            first = self.planes.to(torch.int32) * in_features
-            starts = (
-                torch.arange(len(self.planes), dtype=torch.int32, device=self.planes.device) * in_features
-            )
-            self._in_table[in_features] = ((first[:, None] + within).view(-1), starts)
+            self._in_table[in_features] = _rows_of_planes(self.planes, in_features)
         return self._in_table[in_features]
 
     def of_planes(self) -> tuple[Tensor, Tensor]:
@@ -67,6 +65,18 @@ class Uses:
         return self._of_planes
 
 
+def _rows_of_planes(planes: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    within = torch.arange(in_features, dtype=torch.int32, device=planes.device)
+    first = planes.to(torch.int32) * in_features
+    starts = torch.arange(len(planes), dtype=torch.int32, device=planes.device) * in_features
+    return (first[:, None] + within).view(-1), starts
+
+
+def is_large(uses: Uses, in_features: int) -> bool:
+    """Whether rows and indices of all uses at once would take much memory, as those of long prompts do."""
+    return len(uses.rows) * in_features > _AT_ONCE
+
+
 def gather(x: Tensor, uses: Uses) -> Tensor:
     """x [T, in_features] row by row as the uses want it: [n, in_features], contiguous."""
     return x.contiguous() if uses.is_one_each else x.index_select(0, uses.rows)
@@ -75,7 +85,21 @@ def gather(x: Tensor, uses: Uses) -> Tensor:
 def shrink(gathered: Tensor, a: Tensor, uses: Uses) -> Tensor:
     """[n, 16]: each use's row times its plane of A, scaled. gathered: `gather`'s; all of the table's dtype."""
     indices, starts = uses.in_table(gathered.shape[1])
-    y = _bags(a, indices, starts, gathered.view(-1))
+    return _scaled(_bags(a, indices, starts, gathered.view(-1)), uses)
+
+
+def shrink_large(x: Tensor, a: Tensor, uses: Uses) -> Tensor:
+    """The same to the last bit, of x [T, in_features] itself, some uses at a time."""
+    in_features = x.shape[1]
+    parts = []
+    pieces = max(1, _AT_ONCE // in_features)
+    for rows, planes in zip(uses.rows.split(pieces), uses.planes.split(pieces), strict=True):
+        indices, starts = _rows_of_planes(planes, in_features)
+        parts.append(_bags(a, indices, starts, x.index_select(0, rows).view(-1)))
+    return _scaled(torch.cat(parts), uses)
+
+
+def _scaled(y: Tensor, uses: Uses) -> Tensor:
     return y if uses.scales is None else y * uses.scales[:, None].to(y.dtype)
 
 

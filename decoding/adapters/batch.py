@@ -53,7 +53,11 @@ class RowsOfSets:
             self._uses[planes] = self._make_uses(planes)
         uses = self._uses[planes]
         if isinstance(uses, Uses):
-            lora.expand_(out, lora.shrink(self._rows_as_used(x, uses), a, uses), b, uses)
+            if lora.is_large(uses, x.shape[-1]):
+                y = lora.shrink_large(x.reshape(-1, x.shape[-1]), a, uses)
+            else:
+                y = lora.shrink(self._rows_as_used(x, uses), a, uses)
+            lora.expand_(out, y, b, uses)
         elif uses is not None:
             from cadenza.kernels import lora_sgmv  # Triton is only there where a GPU may be
 

@@ -72,7 +72,7 @@ def test_a_weighted_set_is_pefts_concatenation_of_the_adapters(
     with Engine(fresh_tiny_model, CONFIG) as engine:
         _load(engine, folders)
         alone = engine.generate(PROMPT, adapter=weights, **SCORED)
-        reordered = engine.generate(PROMPT, adapter=dict(reversed(weights.items())), **SCORED)
+        reordered = engine.generate(PROMPT, adapter=list(reversed(weights.items())), **SCORED)
         single = engine.generate(PROMPT, adapter="one", **SCORED)
         negative = engine.generate(PROMPT, adapter={"one": 2.0, "two": -0.5}, **SCORED)
         nothing = engine.generate(PROMPT, adapter={"one": 0.0}, **SCORED)
@@ -170,7 +170,9 @@ def test_on_a_quantized_base_adapters_err_as_the_base_does(
 ) -> None:
     from peft import PeftModel
 
-    text = [{"role": "user", "content": "My hamster died yesterday and I cannot stop crying about it at all."}]
+    text = [
+        {"role": "user", "content": "My hamster died yesterday and I cannot stop crying about it at all."}
+    ]
     prompt = smollm2.tokenizer.encode(smollm2.tokenizer.render_chat(text), add_special_tokens=False)
     reference = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32).eval()
     adapted = PeftModel.from_pretrained(copy.deepcopy(reference), str(EMOJI_BOT)).eval()

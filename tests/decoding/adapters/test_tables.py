@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import cadenza.kernels.lora
 from cadenza.decoding.adapters.tables import PlaneTables, slot_bytes
-from cadenza.kernels.lora import PLANE, Uses, expand_, gather, shrink
+from cadenza.kernels.lora import PLANE, Uses, expand_, gather, is_large, shrink, shrink_large
 from cadenza.models import LoadedModel
 from cadenza.models.adapters.adapter import LowRank
 from cadenza.models.adapters.layout import layout_of
@@ -41,7 +42,7 @@ def _uses(of_rows: dict[int, list[tuple[int, float]]], num_rows: int) -> Uses:
 @pytest.mark.parametrize("ranks", [(16, 1, 40), (33, 48, 5)])
 @pytest.mark.parametrize(("in_features", "out_features"), [(24, 40), (7, 3), (96, 24)])
 def test_bags_are_the_products_in_float64(
-    ranks: tuple[int, ...], in_features: int, out_features: int
+    ranks: tuple[int, ...], in_features: int, out_features: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     per_slot = 3
     tables = PlaneTables(4, per_slot, in_features, out_features, torch.float32, CPU)
@@ -75,6 +76,9 @@ def test_bags_are_the_products_in_float64(
             )
     assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(out[0], before[0])
+    monkeypatch.setattr(cadenza.kernels.lora, "_AT_ONCE", 2 * in_features)
+    assert is_large(uses, in_features)
+    assert torch.equal(shrink_large(x, tables.a, uses), shrink(gather(x, uses), tables.a, uses))
     for row, own in of_rows.items():  # alone, to the last bit
         single = before[row : row + 1, :out_features].clone()
         alone = _uses({0: own}, 1)
