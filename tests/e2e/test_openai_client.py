@@ -11,7 +11,7 @@ MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What 
 
 
 def test_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["smollm2"]
+    assert [model.id for model in client.models.list()] == ["smollm2", "emoji"]
     assert client.models.retrieve("smollm2").owned_by == "cadenza"
 
 

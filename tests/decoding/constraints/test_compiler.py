@@ -340,12 +340,13 @@ def test_a_refusal_names_the_field_that_asked(compiler: ConstraintCompiler) -> N
 @pytest.mark.parametrize(("field", "value"), [("stop", ["x"]), ("min_tokens", 2), ("bad_words", ["a"])])
 def test_what_no_constraint_allows_is_refused_before_it_is_compiled(field: str, value: Any) -> None:
     fields = {"messages": [{"role": "user", "content": "Hi"}], "guided_regex": "a" * 9, field: value}
-    engine: Any = SimpleNamespace(model=SimpleNamespace(sampling_defaults={}, eos_token_ids=(2,)))
+    engine = SimpleNamespace(model=SimpleNamespace(sampling_defaults={}, eos_token_ids=(2,)))
+    target: Any = SimpleNamespace(engine=engine)
     with pytest.raises(RequestError, match="cannot be combined with a constraint") as refused:
         asyncio.run(
             _submit(
                 None,  # type: ignore[arg-type]
-                engine,  # which has nothing to compile with
+                target,  # whose engine has nothing to compile with
                 ChatRequest.model_validate(fields),
                 [(1,)],
                 logprobs=None,
