@@ -82,8 +82,9 @@ class AdapterRuntime:
     def _put(self, slot: int, adapter: Adapter) -> None:
         for name, change in adapter.changes.items():
             if name not in self._hooks:
+                module = self._module.get_submodule(name)
                 self._hooks[name] = self._make_hook(name)
-                self._attach(name, self._module.get_submodule(name))
+                self._attach(name, module)
             self._hooks[name].put(slot, change)
 
     def _clear(self, slot: int) -> None:

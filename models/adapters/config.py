@@ -12,7 +12,7 @@ from typing import Any
 
 import regex
 
-from cadenza.models.adapters.files import CONFIG
+from cadenza.models.adapters.locate import CONFIG
 from cadenza.models.errors import ModelError
 
 _NEUTRAL = frozenset(

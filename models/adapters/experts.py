@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cadenza.models.adapters.adapter import LowRank, ModuleChange
 from cadenza.models.adapters.arrays import as_tensor, scaled, transposed
-from cadenza.models.adapters.files import CONFIG
 from cadenza.models.adapters.keys import Group
+from cadenza.models.adapters.locate import CONFIG
 from cadenza.models.adapters.low_rank import Terms, checked_rank, targeted_parameters
 from cadenza.models.adapters.per_expert import take_per_expert
 from cadenza.models.adapters.saved import Vocabulary, take_parameter

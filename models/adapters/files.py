@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from cadenza.models.adapters.arrays import is_finite, numpy_dtype
+from cadenza.models.adapters.locate import WEIGHTS
 from cadenza.models.errors import ModelError
 from cadenza.models.memory import available_bytes
 from cadenza.models.weights import tensors_of
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
 

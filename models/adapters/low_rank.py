@@ -11,8 +11,8 @@ from torch import Tensor
 from cadenza.models.adapters.adapter import LowRank
 from cadenza.models.adapters.arrays import scaled, transposed
 from cadenza.models.adapters.config import AdapterConfig
-from cadenza.models.adapters.files import CONFIG
 from cadenza.models.adapters.keys import Group
+from cadenza.models.adapters.locate import CONFIG
 from cadenza.models.errors import ModelError
 
 

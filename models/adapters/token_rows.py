@@ -13,9 +13,9 @@ from torch import Tensor
 from cadenza.models.adapters.arrays import as_array, as_tensor
 from cadenza.models.adapters.base import BaseWeights
 from cadenza.models.adapters.config import AdapterConfig
-from cadenza.models.adapters.files import CONFIG
 from cadenza.models.adapters.keys import Group
 from cadenza.models.adapters.layout import Layout
+from cadenza.models.adapters.locate import CONFIG
 from cadenza.models.errors import ModelError
 
 Rows = tuple[Tensor, Tensor]
