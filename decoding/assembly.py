@@ -1,6 +1,8 @@
 """From a loaded model to an engine's core: layers replaced and proven, KV cache sized, parts put together."""
 
 import logging
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from cadenza.decoding import probe
@@ -46,9 +48,9 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
         _check_vocabulary(model, draft)
         relative_size = draft.num_parameters / model.num_parameters
     kept = {} if model.quantization == "none" else kept_bytes(model.module)
-    shapes, layout = _replace_layers(model, config.block_size)
+    shapes, layout = _replace_layers(model, config.block_size, wants_layout=config.enable_lora)
     adapters = None
-    if config.enable_lora:
+    if layout is not None:
         adapters = AdapterRuntime(
             model.module,
             layout,
@@ -58,7 +60,7 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
             max_rank=config.max_lora_rank,
             selects_logits=selects_logits(model.module),
         )
-    draft_shapes = [] if draft is None else _replace_layers(draft, config.block_size)[0]
+    draft_shapes = [] if draft is None else _replace_layers(draft, config.block_size, wants_layout=False)[0]
     memory = plan_memory(
         demand(
             config,
@@ -66,9 +68,7 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
             [*shapes, *draft_shapes],
             probe.longest_independent_context(model.config),
             available_bytes(model.device),
-            slot_bytes(layout, config.max_loras, config.max_lora_rank, model.dtype)
-            if config.enable_lora
-            else 0,
+            0 if layout is None else slot_bytes(layout, config.max_loras, config.max_lora_rank, model.dtype),
         )
     )
     num_blocks = memory.num_blocks
@@ -127,16 +127,21 @@ def _check_vocabulary(model: LoadedModel, draft: LoadedModel) -> None:
         )
 
 
-def _replace_layers(model: LoadedModel, block_size: int) -> tuple[list[LayerShape], Layout]:
+def _replace_layers(
+    model: LoadedModel, block_size: int, *, wants_layout: bool
+) -> tuple[list[LayerShape], Layout | None]:
     """Put our attention, and on a CPU our linear layers, into the model; prove that it computes the same. Returns what
-    each layer keeps in the KV cache, and what adapters may change."""
+    each layer keeps in the KV cache, and what adapters may change where that is asked for."""
     module = model.module
+    watching: AbstractContextManager[Collection[str]] = nullcontext(())
+    if wants_layout:
+        watching = watch_elsewhere(module, probe.NUM_TOKENS)
     with (  # one run only: quantized layers are slow until they are packed
         watch_siblings(module) as siblings,
-        watch_elsewhere(module, probe.NUM_TOKENS) as elsewhere,
+        watching as elsewhere,
     ):
         expected = probe.eager_logits(module)
-    layout = layout_of(module, elsewhere)
+    layout = layout_of(module, elsewhere) if wants_layout else None
     with large_blocks_apart():
         packs_floats = can_pack(model.device, model.dtype)
         pack(module, siblings, packs_floats=packs_floats, on_cpu=model.device.type == "cpu")

@@ -23,16 +23,17 @@ def smollm2() -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def new_tiny_model(smollm2: LoadedModel) -> Callable[..., LoadedModel]:
-    """new_tiny_model(seed): a random model of milliseconds per step that reads and writes the real vocabulary, whose
-    layers no engine has replaced yet."""
+    """new_tiny_model(seed, settings of its configuration): a random model of milliseconds per step that reads and
+    writes the real vocabulary, whose layers no engine has replaced yet."""
 
-    def make(seed: int = 3) -> LoadedModel:
+    def make(seed: int = 3, *, num_hidden_layers: int = 2, attention_bias: bool = False) -> LoadedModel:
         torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=smollm2.config.vocab_size,
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=2,
+            num_hidden_layers=num_hidden_layers,
+            attention_bias=attention_bias,
             num_attention_heads=2,
             num_key_value_heads=1,
             max_position_embeddings=512,

@@ -113,7 +113,6 @@ class RowsOfSets:
 class AdapterBatch:
     """One step's rows, and those among them whose logits are wanted, which are all that the output layer gets."""
 
-    sets: Sequence[AdapterSet]
     every: RowsOfSets
     kept: RowsOfSets
     token_ids: Tensor
@@ -151,4 +150,4 @@ def batch_of(
     every = RowsOfSets(numbers, placed, planes_per_slot, device)
     own_rows = every if kept is None else RowsOfSets(numbers[list(kept)], placed, planes_per_slot, device)
     num_tokens = max((own.num_tokens for own in by_key if own.num_tokens), default=None)
-    return AdapterBatch(by_key, every, own_rows, token_ids, num_tokens)
+    return AdapterBatch(every, own_rows, token_ids, num_tokens)

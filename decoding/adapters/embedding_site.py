@@ -86,8 +86,7 @@ class EmbeddingHook:
                 for placed in own
                 if placed.slot in self._tables
             ]
-            scale, after = changes[0]
-            out[at] = after if len(changes) == 1 and scale == 1.0 else weighted(before, changes)
+            out[at] = weighted(before, changes)
         return None
 
     def _changed(self, table: _Table, ids: Tensor, before: Tensor, embed_scale: Any) -> Tensor:

@@ -124,17 +124,14 @@ class LinearHook:
         wide, width = output, output.shape[-1]
         if self._is_output and batch.num_tokens is not None and batch.num_tokens > width:
             wide = F.pad(output, (0, batch.num_tokens - width), value=-torch.inf)
+        out = wide.view(-1, wide.shape[-1])
         if self._dense:
             flat = x.reshape(-1, x.shape[-1])
             for number, own in enumerate(rows.sets):
                 if any(placed.slot in self._dense for placed in own):
-                    self._replace(wide.view(-1, wide.shape[-1]), flat, rows, number, own)
+                    self._replace(out, flat, rows, number, own)
         if self._tables is not None:
-            out = (
-                output.view(-1, output.shape[-1])
-                if wide is output
-                else wide.view(-1, wide.shape[-1])[:, :width]
-            )
+            out = out if wide is output else out[:, :width]
             rows.add_low_rank_(out, x, self._tables.a, self._tables.b, self._planes)
         return None if wide is output else wide
 
@@ -148,10 +145,9 @@ class LinearHook:
             for placed in own
             if placed.slot in self._dense
         ]
-        scale, after = changes[0]
-        if len(changes) > 1 or scale != 1.0:
-            after = weighted(before, changes)
-        after = after[:, : out.shape[1]]  # a table may have more rows than there are tokens
+        after = weighted(before, changes)[
+            :, : out.shape[1]
+        ]  # a table may have more rows than there are tokens
         out[:, : after.shape[1]].index_copy_(0, at, after)
 
     def _changed(self, dense: _Dense, x: Tensor, before: Tensor) -> Tensor:
@@ -170,7 +166,10 @@ class LinearHook:
 
 
 def weighted(before: Tensor, changes: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """before + Σ scale · (after - before); what `before` has no columns for counts as 0 there."""
+    """before + Σ scale · (after - before); what `before` has no columns for counts as 0 there. A single adapter at its
+    full strength is what it is, without rounding."""
+    if len(changes) == 1 and changes[0][0] == 1.0:
+        return changes[0][1]
     width = max(after.shape[1] for _, after in changes)
     base = F.pad(before, (0, width - before.shape[1]))
     total = base

@@ -39,8 +39,8 @@ class PlaneTables:
         device: torch.device,
     ) -> None:
         self._per_slot = per_slot
-        self._a = _Table((num_slots * per_slot * in_features, PLANE), dtype, device)
-        self._b = _Table((num_slots * per_slot * PLANE, out_features), dtype, device)
+        self._a = _Table(num_slots, (per_slot * in_features, PLANE), dtype, device)
+        self._b = _Table(num_slots, (per_slot * PLANE, out_features), dtype, device)
         self.a, self.b = self._a.tensor, self._b.tensor
         self._in_features = in_features
 
@@ -48,7 +48,7 @@ class PlaneTables:
         """Bring a change into a slot; its last plane is padded with zeros."""
         rank = change.rank
         first = slot * self._per_slot
-        planes = -(-rank // PLANE)
+        planes = num_planes(rank)
         a = self.a.view(-1, self._in_features, PLANE)[first : first + planes]
         b = self.b.view(-1, PLANE, self.b.shape[1])[first : first + planes].view(planes * PLANE, -1)
         for plane in range(planes):
@@ -61,28 +61,34 @@ class PlaneTables:
     def clear(self, slot: int) -> None:
         """The slot's content is of no more use."""
         for table in (self._a, self._b):
-            rows = len(table.tensor) * self._per_slot // (len(self.b) // PLANE)
-            table.give_back(slot * rows, (slot + 1) * rows)
+            table.give_back(slot)
 
 
 class _Table:
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, slot_shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """One slot below the other."""
+        rows, width = slot_shape
+        shape = (num_slots * rows, width)
+        self._slot_bytes = rows * width * dtype.itemsize
         self._memory: Any = None
         self.tensor: Tensor
         if device.type != "cpu":
             self.tensor = torch.zeros(shape, dtype=dtype, device=device)
             return
-        num_bytes = shape[0] * shape[1] * dtype.itemsize
-        self._memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = mmap.mmap(
+            -1, num_slots * self._slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
         flat = torch.from_numpy(np.frombuffer(self._memory, np.uint8))
         self.tensor = flat.view(dtype).view(shape)
 
-    def give_back(self, start: int, stop: int) -> None:
-        """Return the memory of these rows, as far as they fill pages, to the system."""
+    def give_back(self, slot: int) -> None:
+        """Return the slot's memory, as far as it fills pages, to the system."""
         if self._memory is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
-        row = self.tensor.shape[1] * self.tensor.dtype.itemsize
-        first = -(-start * row // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = stop * row // mmap.PAGESIZE * mmap.PAGESIZE - first
+        start, page = slot * self._slot_bytes, mmap.PAGESIZE
+        first = -(-start // page) * page
+        length = (start + self._slot_bytes) // page * page - first
         if length > 0:
             self._memory.madvise(mmap.MADV_DONTNEED, first, length)

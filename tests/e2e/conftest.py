@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
@@ -38,15 +39,27 @@ def live_engine() -> Iterator[Engine]:
     engine.close()
 
 
-@pytest.fixture(scope="session")
-def base_url(live_engine: Engine) -> Iterator[str]:
+@contextmanager
+def _serving(service: Service) -> Iterator[str]:
     listener = socket.create_server(("127.0.0.1", 0))
-    server = DrainingServer(Service(loaded=live_engine))
+    server = DrainingServer(service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="live-server")
     thread.start()
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.stop()
     thread.join()
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[[Service], AbstractContextManager[str]]:
+    """with serving(service) as url: a server in a thread of its own."""
+    return _serving
+
+
+@pytest.fixture(scope="session")
+def base_url(live_engine: Engine) -> Iterator[str]:
+    with _serving(Service(loaded=live_engine)) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,10 @@ import json
 import os
 import random
 import shutil
-import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from cadenza.decoding import Engine, EngineConfig
 from cadenza.models import LoadedModel
 from cadenza.models.adapters.adapter import Adapter
 from cadenza.models.adapters.locate import AdapterSources
-from cadenza.server.http_server import DrainingServer
 from cadenza.server.service import ServerSettings, Service
 
 ADMIN = {"authorization": "Bearer admin"}
@@ -156,15 +154,10 @@ def engine(small: LoadedModel) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def url(engine: Engine, root: Path) -> Iterator[str]:
-    listener = socket.create_server(("127.0.0.1", 0))
+def url(engine: Engine, root: Path, serving: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
     settings = ServerSettings(admin_api_keys=("admin",), adapter_sources=AdapterSources((root,)))
-    server = DrainingServer(Service(loaded=engine, settings=settings))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="swapping-server")
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.stop()
-    thread.join()
+    with serving(Service(loaded=engine, settings=settings)) as url:
+        yield url
 
 
 async def ask(client: httpx.AsyncClient, body: Mapping[str, Any], *, stream: bool) -> Said | None:

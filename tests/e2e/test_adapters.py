@@ -8,10 +8,9 @@ import dataclasses
 import json
 import os
 import re
-import socket
 import subprocess
-import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from cadenza.decoding.adapters.library import AdapterLibrary
 from cadenza.decoding.adapters.module import LoraModule
 from cadenza.models import LoadedModel
 from cadenza.models.adapters.locate import AdapterSources
-from cadenza.server.http_server import DrainingServer
 from cadenza.server.service import ServerSettings, Service
 
 ADMIN = {"authorization": "Bearer admin"}
@@ -60,15 +58,10 @@ def engine(small: LoadedModel, folders: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def url(engine: Engine, folders: Path) -> Iterator[str]:
-    listener = socket.create_server(("127.0.0.1", 0))
+def url(engine: Engine, folders: Path, serving: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
     settings = ServerSettings(admin_api_keys=("admin",), adapter_sources=AdapterSources((folders,)))
-    server = DrainingServer(Service(loaded=engine, settings=settings))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="adapters-server")
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.stop()
-    thread.join()
+    with serving(Service(loaded=engine, settings=settings)) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

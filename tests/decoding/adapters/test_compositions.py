@@ -1,13 +1,14 @@
 """Adapters with everything else: weighted sets, tokens that they add, quantized bases, layers that wait elsewhere."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cadenza.decoding import Engine, EngineConfig, RequestError
 from cadenza.decoding.completion import Completion
@@ -193,21 +194,14 @@ def test_on_a_quantized_base_adapters_err_as_the_base_does(
     assert not answers[0].startswith("(")
 
 
-def test_layers_that_wait_elsewhere(smollm2: LoadedModel, adapter_makers: ModuleType, tmp_path: Path) -> None:
+def test_layers_that_wait_elsewhere(
+    new_tiny_model: Callable[..., LoadedModel],
+    smollm2: LoadedModel,
+    adapter_makers: ModuleType,
+    tmp_path: Path,
+) -> None:
     """Bit for bit a resident model's answers, also where an adapter asks for the model's own weights."""
-    torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=smollm2.config.vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        eos_token_id=smollm2.eos_token_ids[0],
-        attention_bias=True,
-    )
-    module = LlamaForCausalLM(config)
+    module = new_tiny_model(11, num_hidden_layers=4, attention_bias=True).module
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     source = tmp_path / "model"

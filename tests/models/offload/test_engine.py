@@ -1,13 +1,11 @@
 """The engine does not notice that layers come and go: whatever runs together, tokens are the resident model's."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cadenza.decoding import Engine, EngineConfig
 from cadenza.decoding.strategies.spec import BeamSearch
@@ -21,24 +19,12 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
 
 
 @pytest.fixture(scope="module")
-def folder(smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    new_tiny_model: Callable[..., LoadedModel], smollm2: LoadedModel, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A random model of six layers with the real vocabulary."""
     folder = tmp_path_factory.mktemp("six-layers")
-    config = LlamaConfig(
-        vocab_size=smollm2.config.vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        eos_token_id=smollm2.eos_token_ids[0],
-    )
-    torch.manual_seed(11)
-    module = LlamaForCausalLM(config)
-    for parameter in module.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
+    module = new_tiny_model(11, num_hidden_layers=6).module
     module.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((smollm2.path / name).read_bytes())
