@@ -4,13 +4,14 @@ Made on the host, once a step for all layers of equal planes, and brought to the
 for. Knows nothing of the products (`kernels.lora_sgmv`), nor of Triton.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from cadenza.kernels.upload import upload
 
 LANES = 16
 """Rows per tile: the least that tensor cores multiply at once."""
@@ -65,14 +66,15 @@ def segment(
     of_tiles = lengths[order][within % LANES == 0]
     pieces = np.stack((np.repeat(np.arange(len(of_tiles)), of_tiles), _counting(of_tiles)), axis=1)
     weights = np.ones(n, np.float32) if scales is None else np.asarray(scales, np.float32)
-    parts = _upload((rows, planes, weights.view(np.int32), firsts, of_tiles, pieces), device)
+    integers = [array.astype(np.int32) for array in (rows, planes, firsts, of_tiles, pieces)]
+    parts = upload([*integers, weights], device)
     return Segments(
         rows=parts[0],
         planes=parts[1],
-        scales=parts[2].view(torch.float32),
-        firsts=parts[3].view(-1, LANES),
-        lengths=parts[4],
-        pieces=parts[5].view(-1, 2),
+        scales=parts[5],
+        firsts=parts[2],
+        lengths=parts[3],
+        pieces=parts[4],
         num_users=len(starts),
         num_planes=len(np.unique(planes)),
     )
@@ -96,14 +98,3 @@ def _groups(
 def _counting(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """0, 1, … within each length."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-
-
-def _upload(arrays: Iterable[NDArray[np.integer]], device: torch.device) -> list[Tensor]:
-    """As flat int32 tensors, views of one. Each begins at a multiple of 16 bytes, as kernels are compiled for."""
-    flat = [array.reshape(-1).astype(np.int32) for array in arrays]
-    padded = [np.pad(array, (0, -len(array) % 4)) for array in flat]
-    whole = torch.from_numpy(np.concatenate(padded))
-    if device.type == "cuda":
-        whole = whole.pin_memory()  # the allocator keeps it until the copy is done
-    parts = whole.to(device, non_blocking=True).split([len(array) for array in padded])
-    return [part[: len(array)] for part, array in zip(parts, flat, strict=True)]

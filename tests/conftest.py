@@ -2,7 +2,8 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,17 +54,52 @@ def smollm2_path(smollm2: LoadedModel) -> Path:
     return smollm2.path
 
 
-@pytest.fixture(scope="session")
-def adapter_makers() -> ModuleType:
-    """tests/adapter_makers.py: `make_adapter`, which has peft make an adapter of any of its `KINDS`."""
-    spec = importlib.util.spec_from_file_location(
-        "adapter_makers", Path(__file__).with_name("adapter_makers.py")
-    )
+def _beside(name: str) -> ModuleType:
+    """A module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def adapter_makers() -> ModuleType:
+    """tests/adapter_makers.py: `make_adapter`, which has peft make an adapter of any of its `KINDS`."""
+    return _beside("adapter_makers")
+
+
+@pytest.fixture(scope="session")
+def triton_interpreter() -> ModuleType:
+    """tests/triton_interpreter.py: `with triton_interpreter.interpreted():` kernels run on tensors of a CPU."""
+    pytest.importorskip("triton")
+    return _beside("triton_interpreter")
+
+
+@pytest.fixture(scope="session")
+def triton_compiler() -> ModuleType:
+    """tests/triton_compiler.py: `check_needs` compares what compiled kernels take with a table."""
+    pytest.importorskip("triton")
+    return _beside("triton_compiler")
+
+
+@pytest.fixture(
+    params=[
+        "interpreter",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+    ]
+)
+def kernel_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where Triton's kernels run in the test: in its interpreter on the CPU and, where there is one, on a GPU."""
+    if request.param == "cuda":
+        yield torch.device("cuda")
+        return
+    interpreter = request.getfixturevalue("triton_interpreter")
+    interpreter.skip_where_it_fails()
+    with interpreter.interpreted():
+        yield torch.device("cpu")
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,5 @@
-"""The Triton kernels against float64, in Triton's interpreter and, where there is one, on a GPU.
+"""The Triton kernels against float64, in Triton's interpreter and, where there is one, on a GPU."""
 
-The interpreter runs programs one after another on CPU tensors. It cannot see races, alignment or how a tensor core
-rounds, and it truncates where a GPU rounds to bfloat16.
-"""
-
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,32 +11,10 @@ from cadenza.kernels.lora_segments import Segments, segment
 
 pytest.importorskip("triton")
 
-import triton
-
 from cadenza.kernels import lora_sgmv
 
 FLOAT32_ERROR = 2e-6
 """Of a sum, relative to the sum of its terms' magnitudes."""
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=needs_gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """Kernels are wrapped one by one: TRITON_INTERPRET would have to be set before anyone imports Triton, and the
-    compiled kernels of the same process would be gone."""
-    if request.param == "interpreter":
-        if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-            pytest.skip(
-                "the interpreter of Triton 3.6 fails with NumPy 2.4 where a loop's end is not a constant"
-            )
-        from triton.runtime.interpreter import InterpretedFunction
-
-        for name in ("_shrink_kernel", "_expand_kernel"):
-            monkeypatch.setattr(lora_sgmv, name, InterpretedFunction(getattr(lora_sgmv, name).fn))
-        yield torch.device("cpu")
-    else:
-        yield torch.device("cuda")
 
 
 @dataclass
@@ -121,25 +94,25 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_both_products_equal_float64(name, device):
-    step = step_of(device, *CASES[name])
+def test_both_products_equal_float64(name, kernel_device):
+    step = step_of(kernel_device, *CASES[name])
     result, magnitude = step.truth()
     assert ((step.run().cpu() - result).abs() <= FLOAT32_ERROR * magnitude).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_16_bit_result_is_rounded_once(dtype, device):
-    step = step_of(device, MIXED, 5, 96, 48, dtype, out_dtype=dtype)
+def test_a_16_bit_result_is_rounded_once(dtype, kernel_device):
+    step = step_of(kernel_device, MIXED, 5, 96, 48, dtype, out_dtype=dtype)
     result, magnitude = step.truth()
-    is_truncated = dtype == torch.bfloat16 and device.type == "cpu"
+    is_truncated = dtype == torch.bfloat16 and kernel_device.type == "cpu"
     unit = torch.finfo(dtype).eps * (1.0 if is_truncated else 0.5)
     allowed = unit * result.abs() + FLOAT32_ERROR * magnitude
     assert ((step.run().cpu().double() - result).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("name", ["decode", "prompt"])
-def test_the_references_are_the_same_function(name, device):
-    step = step_of(device, *CASES[name])
+def test_the_references_are_the_same_function(name, kernel_device):
+    step = step_of(kernel_device, *CASES[name])
     segments = step.segments()
     out = step.out.double()
     y = lora_sgmv.shrink_reference(step.x.double(), step.a.double(), segments)
@@ -149,19 +122,19 @@ def test_the_references_are_the_same_function(name, device):
     assert torch.allclose(shrunk.sum(0).double(), y[0], rtol=0, atol=1e-4)
 
 
-def test_nothing_is_read_or_written_but_what_is_used(device):
+def test_nothing_is_read_or_written_but_what_is_used(kernel_device):
     """Views with other data around them, NaN in every row and plane that has no use."""
     per_row, num_planes, in_features, out_features, dtype = CASES["decode"]
-    step = step_of(device, [*per_row, []], num_planes + 2, in_features, out_features, dtype)
+    step = step_of(kernel_device, [*per_row, []], num_planes + 2, in_features, out_features, dtype)
     expected = step.run()
     unused = sorted(set(range(num_planes + 2)) - set(step.planes.tolist()))
     idle = sorted(set(range(len(per_row) + 1)) - set(step.rows.tolist()))
     step.a.view(num_planes + 2, -1)[unused] = torch.nan
     step.b.view(num_planes + 2, -1)[unused] = torch.nan
-    x = torch.full((len(step.x), in_features + 13), torch.nan, device=device)
+    x = torch.full((len(step.x), in_features + 13), torch.nan, device=kernel_device)
     x[:, 5 : 5 + in_features] = step.x
     x[idle] = torch.nan
-    out = torch.full((len(step.out), out_features + 9), torch.nan, device=device)
+    out = torch.full((len(step.out), out_features + 9), torch.nan, device=kernel_device)
     out[:, 4 : 4 + out_features] = step.out
     out[idle] = torch.nan
     segments = step.segments()
@@ -174,15 +147,15 @@ def test_nothing_is_read_or_written_but_what_is_used(device):
     assert out[:, 4 + out_features :].isnan().all()
 
 
-def test_without_uses_nothing_happens(device):
-    step = step_of(device, [[], []], 1, 5, 3, torch.float32)
+def test_without_uses_nothing_happens(kernel_device):
+    step = step_of(kernel_device, [[], []], 1, 5, 3, torch.float32)
     assert lora_sgmv.shrink(step.x, step.a, step.segments()).shape == (1, 0, 16)
     assert torch.equal(step.run(), step.out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_is_the_same_bits_alone_and_in_any_company_and_lane(dtype, device):
-    step = step_of(device, [*PROMPT, *MIXED], 5, 90, 35, dtype)
+def test_a_row_is_the_same_bits_alone_and_in_any_company_and_lane(dtype, kernel_device):
+    step = step_of(kernel_device, [*PROMPT, *MIXED], 5, 90, 35, dtype)
     together = step.run()
     order = np.random.default_rng(0).permutation(len(step.x))
     for kept in ([0], [18], [19], [22], [27], [0, 5, 27], sorted(order[:12]), list(range(6, 30))):
@@ -200,14 +173,14 @@ def test_a_row_is_the_same_bits_alone_and_in_any_company_and_lane(dtype, device)
 
 
 @pytest.mark.parametrize(("planes", "expected"), [([0, 1, 2], 0.0), ([0, 2, 1], 1.0)])
-def test_a_rows_uses_are_summed_in_their_order(planes, expected, device):
+def test_a_rows_uses_are_summed_in_their_order(planes, expected, kernel_device):
     """2^24, 1 and -2^24: float32 loses the 1 if it comes second. The row itself is added last."""
-    step = step_of(device, [planes], 3, 1, 1, torch.float32)
+    step = step_of(kernel_device, [planes], 3, 1, 1, torch.float32)
     step.x.fill_(1)
     step.a.fill_(0)
     step.a[:, 0] = 1
     step.b.fill_(0)
-    step.b[::16, 0] = torch.tensor([2.0**24, 1.0, -(2.0**24)], device=device)
+    step.b[::16, 0] = torch.tensor([2.0**24, 1.0, -(2.0**24)], device=kernel_device)
     step.scales[:] = 1
     step.out.fill_(0.5)
     assert step.run().item() == expected + 0.5
