@@ -38,7 +38,7 @@ class PrefillPlan(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PrefillWork:
-    """A `PrefillPlan` on the device. What decides a launch's grid is a shape, so that no launch waits for the device."""
+    """A `PrefillPlan` on the device. What decides a launch's grid is a shape: no launch waits for the device."""
 
     block_tables: Tensor
     starts: Tensor
@@ -68,9 +68,9 @@ def plan_prefill(
     for row, table, needed in zip(tables, block_tables, num_blocks, strict=True):
         assert len(table) >= needed, f"{needed} blocks are needed, {len(table)} are there"
         row[:needed] = table[:needed]
-    counts = [-(-count // TILE) for count in num_rows]
+    counts = -(-np.asarray(num_rows, np.int64) // TILE)
     chunk = np.repeat(np.arange(len(counts)), counts)
-    number = np.concatenate([np.arange(count) for count in counts]) if counts else np.zeros(0, np.int64)
+    number = np.arange(len(chunk)) - (np.cumsum(counts) - counts)[chunk]
     first_positions = np.asarray(starts, np.int64)[chunk] + number * TILE
     order = np.argsort(-first_positions, kind="stable")
     return PrefillPlan(
