@@ -14,7 +14,7 @@ from cadenza.decoding.config import NGRAM, EngineConfig, demand
 from cadenza.decoding.core import EngineCore
 from cadenza.decoding.description import EngineDescription, describe
 from cadenza.decoding.kv_cache import KVCache, LayerShape
-from cadenza.decoding.logits import LogitsPipeline
+from cadenza.decoding.logits import LogitsPipeline, LogprobsMode
 from cadenza.decoding.memory_plan import MemoryPlan, plan_memory
 from cadenza.decoding.runner import ModelRunner, selects_logits
 from cadenza.decoding.scheduler import Scheduler
@@ -23,6 +23,7 @@ from cadenza.decoding.speculation.draft_model import DraftModelDrafter
 from cadenza.decoding.speculation.ngram import NgramDrafter
 from cadenza.decoding.speculation.sharing import CPU_COST, GPU_COST
 from cadenza.decoding.speculation.speculator import Speculator
+from cadenza.kernels import ops
 from cadenza.models import LoadedModel, ModelError
 from cadenza.models.adapters.layout import Layout, layout_of
 from cadenza.models.allocator import large_blocks_apart
@@ -82,7 +83,7 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
         None if adapters is None else adapters.slots,
     )
     num_columns = None if adapters is None else int(model.config.vocab_size)
-    pipeline = LogitsPipeline(model.tokenizer.vocab_size, config.logprobs_mode, num_columns)
+    pipeline = _pipeline(model, config.logprobs_mode, num_columns)
     drafter: Drafter | None = NgramDrafter() if config.speculative == NGRAM else None
     step_cost = CPU_COST if model.device.type == "cpu" else GPU_COST
     if draft is not None:
@@ -106,6 +107,14 @@ def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None
     if memory.max_model_len < model.max_model_len:
         log.warning("sequences are limited to %d tokens by %s", memory.max_model_len, memory.context_reason)
     return Assembly(core, adapters, memory, describe(model, config, memory, kept))
+
+
+def _pipeline(model: LoadedModel, mode: LogprobsMode, num_columns: int | None) -> LogitsPipeline:
+    if ops.runs_triton(model.device):
+        from cadenza.decoding.fused_logits import FusedLogitsPipeline
+
+        return FusedLogitsPipeline(model.tokenizer.vocab_size, mode, num_columns)
+    return LogitsPipeline(model.tokenizer.vocab_size, mode, num_columns)
 
 
 def _vocab_size(model: LoadedModel) -> int:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cadenza.kernels.upload import upload
+
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -16,6 +18,8 @@ class LayerShape:
     num_kv_heads: int
     key_dim: int
     value_dim: int
+    group_size: int = 1
+    """Query heads per key head, which the cache does not hold."""
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         return self.num_kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
@@ -41,6 +45,7 @@ class KVCache:
 
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.group_size = max((shape.group_size for shape in shapes), default=1)
         self.keys = [zeros(shape.num_kv_heads, shape.key_dim) for shape in shapes]
         self.values = [zeros(shape.num_kv_heads, shape.value_dim) for shape in shapes]
 
@@ -60,9 +65,8 @@ class KVCache:
         """Copy block contents, (source, destination) each, in every layer."""
         if not pairs:
             return
-        device = self.keys[0].device
-        sources = torch.tensor([source for source, _ in pairs], device=device)
-        targets = torch.tensor([target for _, target in pairs], device=device)
+        columns = (np.array(column, np.int64) for column in zip(*pairs, strict=True))
+        sources, targets = upload(list(columns), self.keys[0].device)
         for part in (*self.keys, *self.values):
             part.index_copy_(0, targets, part.index_select(0, sources))
 

@@ -28,7 +28,7 @@ class LogitsPipeline:
         self._logprobs_mode = logprobs_mode
 
     def __call__(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None = None) -> list[Choice]:
-        """logits: [number of distinct rows, V] float32, left as they are; bitmask: [any, ceil(V / 32)] int32 on the
+        """logits: [number of distinct rows, V], left as they are; bitmask: [any, ceil(V / 32)] int32 on the
         host. One choice for each of `rows`."""
         choices: dict[int, Choice] = {}
         sizes = {row.num_tokens for row in rows}
@@ -119,7 +119,7 @@ class LogitsPipeline:
             final = processed_logits(processed, sampling_rows([row], logits.device))[0]
         else:
             final = self._search_scores(logits, [row], bitmask)[0]
-        raw = logits[row.logits_row]
+        raw = logits[row.logits_row].float()
         allowed = None
         if bitmask is not None and row.mask is not None:
             allowed = torch.zeros_like(raw, dtype=torch.bool)
@@ -145,7 +145,7 @@ class LogitsPipeline:
 
 
 def _gather(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    return logits[torch.tensor([row.logits_row for row in rows], device=logits.device)]
+    return logits[torch.tensor([row.logits_row for row in rows], device=logits.device)].float()
 
 
 def processed_logits(logits: Tensor, parameters: SamplingRows) -> Tensor:
@@ -168,23 +168,30 @@ def token_logprobs(logits: Tensor, tokens: Tensor, num_alternatives: Sequence[in
     ranks = (log_probs > chosen).sum(dim=-1) + 1
     width = min(max(num_alternatives), logits.shape[-1])
     values, ids = log_probs.topk(width, dim=-1)
-    result = []
-    for token, logprob, rank, top_ids, top_values, wanted in zip(
-        tokens.tolist(),
-        chosen[:, 0].tolist(),
-        ranks.tolist(),
-        ids.tolist(),
-        values.tolist(),
-        num_alternatives,
-        strict=True,
-    ):
-        pairs = list(zip(top_ids[:wanted], top_values[:wanted], strict=True))
-        # of equally likely tokens, the chosen one is listed first: a greedy choice is its own best alternative
-        pairs.sort(key=lambda pair: (-pair[1], pair[0] != token))
-        if pairs and rank <= wanted and all(top != token for top, _ in pairs):
-            pairs[rank - 1 :] = [(token, logprob), *pairs[rank - 1 : -1]]
-        result.append(TokenLogprob(token, logprob, rank, tuple(pairs)))
-    return result
+    return [
+        with_alternatives(token, logprob, rank, top_ids[:wanted], top_values[:wanted])
+        for token, logprob, rank, top_ids, top_values, wanted in zip(
+            tokens.tolist(),
+            chosen[:, 0].tolist(),
+            ranks.tolist(),
+            ids.tolist(),
+            values.tolist(),
+            num_alternatives,
+            strict=True,
+        )
+    ]
+
+
+def with_alternatives(
+    token: int, logprob: float, rank: int, top_ids: Sequence[int], top_values: Sequence[float]
+) -> TokenLogprob:
+    """top_ids, top_values: as many of the most likely tokens as are wanted."""
+    pairs = list(zip(top_ids, top_values, strict=True))
+    # of equally likely tokens, the chosen one is listed first: a greedy choice is its own best alternative
+    pairs.sort(key=lambda pair: (-pair[1], pair[0] != token))
+    if pairs and rank <= len(pairs) and all(top != token for top, _ in pairs):
+        pairs[rank - 1 :] = [(token, logprob), *pairs[rank - 1 : -1]]
+    return TokenLogprob(token, logprob, rank, tuple(pairs))
 
 
 def _choices(

@@ -20,7 +20,7 @@ def sampling_rows(rows: Sequence[Row], device: torch.device) -> SamplingRows:
         top_p=column((row.sampling.top_p for row in rows), torch.float32),
         min_p=column((row.sampling.min_p for row in rows), torch.float32),
         typical_p=column((row.sampling.typical_p for row in rows), torch.float32),
-        seed=column((_as_signed(row.seed) for row in rows), torch.int64),
+        seed=column((as_signed(row.seed) for row in rows), torch.int64),
         branch=column((row.branch for row in rows), torch.int64),
         position=column((len(row.generated) for row in rows), torch.int64),
         thresholds=_thresholds(rows, device) if any(row.sampling.has_thresholds for row in rows) else None,
@@ -61,6 +61,6 @@ def _mu(row: Row) -> float:
     return 2.0 * row.sampling.mirostat_tau if row.mirostat_mu is None else row.mirostat_mu
 
 
-def _as_signed(seed: int) -> int:
+def as_signed(seed: int) -> int:
     """The int64 of the same 64 bits."""
     return (seed + 2**63) % 2**64 - 2**63

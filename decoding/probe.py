@@ -47,7 +47,7 @@ def _record_shapes(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    shape = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+    shape = LayerShape(key.shape[1], key.shape[3], value.shape[3], query.shape[1] // key.shape[1])
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     recorded_shapes.setdefault(layer, []).append(shape)
     if sliding_window is not None:

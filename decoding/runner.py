@@ -9,24 +9,25 @@ import inspect
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cadenza.decoding import attention
+from cadenza.decoding import tiled_attention
 from cadenza.decoding.adapters.runtime import AdapterRuntime
-from cadenza.decoding.attention import AttentionBatch, DecodeGroup, PromptChunk, bucket_length
+from cadenza.decoding.attention import AttentionBackend, StepInputs
 from cadenza.decoding.branch import Branch
 from cadenza.decoding.kv_cache import KVCache
+from cadenza.decoding.packed_rows import PackedRows, pack
 from cadenza.decoding.scheduler import Span, Step
+from cadenza.kernels import ops
 
 
 @dataclass(frozen=True, slots=True)
 class StepLogits:
     logits: Tensor
-    """[rows, V] float32."""
+    """[rows, V]: float32 from a CPU, of the model's own type from a GPU."""
     last_row: dict[Branch, int]
     """Where the logits that choose a branch's next token are, for branches whose last token was computed. The rows
     of its drafts follow."""
@@ -34,19 +35,6 @@ class StepLogits:
     """First row and number of rows of a branch's prompt tokens in this step, where all were asked for."""
     hidden: dict[Branch, Tensor]
     """[tokens of the span, d] last hidden states, what the output layer reads, where they were asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Tokens in the order of the packed rows: their places in the cache, and who attends together."""
-
-    token_ids: list[int]
-    positions: list[int]
-    slots: list[int]
-    chunks: list[PromptChunk]
-    groups: list[DecodeGroup]
-    row_of: dict[tuple[Branch, int], int]
-    """The packed row of (branch, position), in order."""
 
 
 class ModelRunner:
@@ -59,6 +47,7 @@ class ModelRunner:
         self._adapters = adapters
         self._cache = cache
         self._device = device
+        self._backend = backend_of(device)
         self._selects_logits = selects_logits(module)
         self._hidden: Tensor | None = None
         self._keeps_hidden = False
@@ -77,41 +66,49 @@ class ModelRunner:
     ) -> StepLogits:
         """Compute every span of the step; `step.spans` must not be empty."""
         self._cache.copy_blocks(step.copies)
-        rows = pack(step, self._cache.block_size, self._device)
+        rows = pack(step, self._cache.block_size, self._backend.order)
         wanted, last_row, prompt_rows = _wanted_rows(step, rows, set(wants_prompt_logits))
         self._keeps_hidden = bool(wants_hidden)
-        logits = self._forward(rows, wanted)
+        kept = wanted or [0]
+        inputs = self._backend.step_inputs(rows, kept, self._cache, self._device)
+        with self._adapted(rows, kept, inputs.token_ids):
+            logits = self._forward(inputs)[: len(wanted)]
         hidden, self._hidden = self._hidden, None
         own = [span for span in step.spans if span.branch in wants_hidden]
         return StepLogits(
             logits, last_row, prompt_rows, {} if hidden is None else _hidden_of(own, rows, hidden)
         )
 
-    def _forward(self, rows: Rows, wanted: Sequence[int]) -> Tensor:
-        """Logits [len(wanted), V] float32 of the packed rows `wanted`."""
+    def _adapted(
+        self, rows: PackedRows, kept: Sequence[int], token_ids: Tensor
+    ) -> AbstractContextManager[None]:
+        if self._adapters is None:
+            return nullcontext()
+        owners = [branch.adapters for branch, _ in rows.row_of]
+        return self._adapters.step(owners, kept, token_ids)
 
-        def as_tensor(values: Sequence[Any]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=self._device)
-
-        keep = as_tensor(wanted if wanted else [0])
-        selection = {"logits_to_keep": keep} if self._selects_logits else {}
-        token_ids = as_tensor(rows.token_ids)
-        adapted: AbstractContextManager[None] = nullcontext()
-        if self._adapters is not None:
-            owners = [branch.adapters for branch, _ in rows.row_of]
-            adapted = self._adapters.step(owners, wanted or [0], token_ids)
-        with adapted:
-            output = self._module(
-                input_ids=token_ids[None],
-                position_ids=as_tensor([rows.positions]),
-                use_cache=False,
-                attention_batch=AttentionBatch(self._cache, as_tensor(rows.slots), rows.chunks, rows.groups),
-                **selection,
-            )
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        """Logits [n, V] of the rows that are kept. Reads nothing but tensors on the device."""
+        selection = {"logits_to_keep": inputs.kept} if self._selects_logits else {}
+        output = self._module(
+            input_ids=inputs.token_ids[None],
+            position_ids=inputs.positions[None],
+            use_cache=False,
+            attention_batch=inputs.attention,
+            **selection,
+        )
         logits: Tensor = output.logits[0]
         if not self._selects_logits:
-            logits = logits[keep]
-        return logits[: len(wanted)].float()
+            logits = logits[inputs.kept]
+        return logits.float() if self._device.type == "cpu" else logits
+
+
+def backend_of(device: torch.device) -> AttentionBackend:
+    if ops.runs_triton(device):
+        from cadenza.decoding import fused_attention
+
+        return fused_attention
+    return tiled_attention
 
 
 def selects_logits(module: Any) -> bool:
@@ -119,67 +116,7 @@ def selects_logits(module: Any) -> bool:
     return "logits_to_keep" in inspect.signature(module.forward).parameters
 
 
-def pack(step: Step, block_size: int, device: torch.device) -> Rows:
-    """Decode rows first, grouped by bucket, then prompt chunks. Drafts are decode rows, as what they may become."""
-    rows = Rows([], [], [], [], [], {})
-    decode_rows = [
-        (branch, position)
-        for branch, start, end in ((span.branch, span.start, span.end) for span in step.spans)
-        for position in range(max(start, branch.num_prompt_tokens), end + len(step.drafts.get(branch, ())))
-    ]
-    decode_rows.sort(key=lambda row: bucket_length(row[1] + 1))
-    for bucket, members in groupby(decode_rows, key=lambda row: bucket_length(row[1] + 1)):
-        same_bucket = list(members)
-        for start in range(0, len(same_bucket), attention.MAX_GROUP_ROWS):
-            part = same_bucket[start : start + attention.MAX_GROUP_ROWS]
-            _add_group(rows, part, bucket // block_size, block_size, device)
-            for branch, position in part:
-                _add_row(rows, branch, position, block_size, step.drafts.get(branch, ()))
-    for span in step.spans:
-        if span.start < span.branch.num_prompt_tokens:
-            _add_chunk(rows, span, block_size, device)
-    return rows
-
-
-def _add_group(
-    rows: Rows, members: Sequence[tuple[Branch, int]], num_blocks: int, block_size: int, device: torch.device
-) -> None:
-    first_row = len(rows.token_ids)
-    tables = [_padded(branch.block_table, num_blocks) for branch, _ in members]
-    positions = [position for _, position in members]
-    rows.groups.append(
-        DecodeGroup(
-            first_row,
-            len(members),
-            torch.tensor(tables, device=device),
-            torch.tensor(positions, device=device),
-        )
-    )
-
-
-def _add_chunk(rows: Rows, span: Span, block_size: int, device: torch.device) -> None:
-    branch, end = span.branch, min(span.end, span.branch.num_prompt_tokens)
-    num_blocks = -(-end // attention.TILE) * attention.TILE // block_size
-    table = torch.tensor(_padded(branch.block_table, num_blocks), device=device)
-    first_row = len(rows.token_ids)
-    rows.chunks.append(PromptChunk(first_row, end - span.start, span.start, table))
-    for position in range(span.start, end):
-        _add_row(rows, branch, position, block_size)
-
-
-def _add_row(rows: Rows, branch: Branch, position: int, block_size: int, drafts: Sequence[int] = ()) -> None:
-    rows.row_of[branch, position] = len(rows.token_ids)
-    ahead = position - branch.num_tokens
-    rows.token_ids.append(branch.token_ids[position] if ahead < 0 else drafts[ahead])
-    rows.positions.append(position)
-    rows.slots.append(branch.block_table[position // block_size] * block_size + position % block_size)
-
-
-def _padded(table: Sequence[int], length: int) -> list[int]:
-    return [*table[:length], *[0] * (length - len(table))]
-
-
-def _hidden_of(spans: Sequence[Span], rows: Rows, hidden: Tensor) -> dict[Branch, Tensor]:
+def _hidden_of(spans: Sequence[Span], rows: PackedRows, hidden: Tensor) -> dict[Branch, Tensor]:
     return {
         span.branch: hidden[[rows.row_of[span.branch, at] for at in range(span.start, span.end)]].float()
         for span in spans
@@ -187,7 +124,7 @@ def _hidden_of(spans: Sequence[Span], rows: Rows, hidden: Tensor) -> dict[Branch
 
 
 def _wanted_rows(
-    step: Step, rows: Rows, wants_prompt: set[Branch]
+    step: Step, rows: PackedRows, wants_prompt: set[Branch]
 ) -> tuple[list[int], dict[Branch, int], dict[Branch, tuple[int, int]]]:
     """The packed rows whose logits are read, and where each branch finds its own among them."""
     wanted: list[int] = []

@@ -1,4 +1,4 @@
-"""A step's small arrays, brought from the host to a device in one copy that nothing waits for.
+"""A step's small arrays: brought to a device in one copy that nothing waits for, and its results back in another.
 
 Every array begins at a multiple of 16 bytes, as kernels are compiled for. Knows nothing of what the numbers mean.
 """
@@ -33,4 +33,14 @@ def upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]
     return [
         part[: array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
         for part, array in zip(parts, arrays, strict=True)
+    ]
+
+
+def download(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
+    """int32 and float32 tensors of one device, as arrays: one copy, which is waited for."""
+    sizes = [tensor.numel() for tensor in tensors]
+    whole = torch.cat([tensor.reshape(-1).view(torch.int32) for tensor in tensors]).cpu()
+    return [
+        part.view(tensor.dtype).view(tensor.shape).numpy()
+        for part, tensor in zip(whole.split(sizes), tensors, strict=True)
     ]

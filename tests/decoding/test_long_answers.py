@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cadenza.decoding import Engine, EngineConfig
-from cadenza.decoding.attention import MAX_GROUP_ROWS, bucket_length
+from cadenza.decoding.tiled_attention import MAX_GROUP_ROWS, bucket_length
 from cadenza.decoding.completion import Completion, CompletionChoice
 from cadenza.models import LoadedModel
 

@@ -1,0 +1,72 @@
+"""Attention on a GPU, by `kernels`: one fills the cache, one is for prompts, one for decode rows.
+
+Decode rows that read the same blocks, as branches of one request and requests with one system prompt do, have them read
+once (`kernels.decode_work`). A row's result is made of the same operations whatever is beside it. What a step needs on
+the device comes there in one copy that nothing waits for, and the forward pass reads nothing else: it could be a graph.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cadenza.decoding.attention import LayerCall, StepInputs
+from cadenza.decoding.kv_cache import KVCache
+from cadenza.decoding.packed_rows import PackedRows
+from cadenza.kernels.decode_attention import decode_attention
+from cadenza.kernels.decode_work import DecodeWork, plan_decode
+from cadenza.kernels.kv_write import write_kv
+from cadenza.kernels.prefill_attention import prefill_attention
+from cadenza.kernels.prefill_work import PrefillWork, plan_prefill
+from cadenza.kernels.upload import upload
+
+order = None
+
+
+@dataclass(frozen=True, slots=True)
+class FusedBatch:
+    cache: KVCache
+    slots: Tensor
+    """[T] where each row's key and value go."""
+    num_decode_rows: int
+    """The first ones; the others are prompts'."""
+    decode: DecodeWork
+    prefill: PrefillWork
+
+    def attend(self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = self.cache.keys[call.layer], self.cache.values[call.layer]
+        write_kv(keys, values, self.slots, key, value)
+        decode, prompts = query[: self.num_decode_rows], query[self.num_decode_rows :]
+        options: dict[str, Any] = {
+            "scale": call.scale,
+            "window": call.window,
+            "softcap": call.softcap,
+            "sinks": call.sinks,
+        }
+        parts = []
+        if len(decode):
+            parts.append(decode_attention(decode, keys, values, self.decode, **options))
+        if len(prompts):
+            parts.append(prefill_attention(prompts, keys, values, self.prefill, **options))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def step_inputs(rows: PackedRows, kept: Sequence[int], cache: KVCache, device: torch.device) -> StepInputs:
+    first = rows.num_decode_rows
+    decode = plan_decode(rows.block_tables, rows.positions[:first], cache.block_size, cache.group_size)
+    prefill = plan_prefill(
+        [chunk.block_table for chunk in rows.chunks],
+        [chunk.start for chunk in rows.chunks],
+        [chunk.first_row - first for chunk in rows.chunks],
+        [chunk.num_rows for chunk in rows.chunks],
+        cache.block_size,
+    )
+    own = [np.array(values, np.int64) for values in (rows.token_ids, rows.positions, kept, rows.slots)]
+    tensors = upload([*own, *decode.arrays, *prefill], device)
+    token_ids, positions, kept_rows, slots = tensors[:4]
+    of_decode, of_prefill = tensors[4 : 4 + len(decode.arrays)], tensors[4 + len(decode.arrays) :]
+    batch = FusedBatch(cache, slots, first, decode.on_device(of_decode), PrefillWork(*of_prefill))
+    return StepInputs(token_ids, positions, kept_rows, batch)
