@@ -5,6 +5,8 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import torch
+
 from cadenza.decoding import probe
 from cadenza.decoding.adapters.runtime import AdapterRuntime
 from cadenza.decoding.adapters.tables import slot_bytes
@@ -43,7 +45,10 @@ class Assembly:
 
 
 def assemble(model: LoadedModel, config: EngineConfig, draft: LoadedModel | None = None) -> Assembly:
-    """Takes the models over. Raises ModelError where they, or the configuration, cannot work."""
+    """Takes the models over, on the thread that will run them. Raises ModelError where they, or the configuration,
+    cannot work."""
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # kernels run on the current one
     relative_size = 0.0
     if draft is not None:
         _check_vocabulary(model, draft)

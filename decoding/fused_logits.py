@@ -20,7 +20,7 @@ from cadenza.decoding.request import Decision, TokenLogprob
 from cadenza.decoding.row import Choice, Row
 from cadenza.kernels.fused_sampling import OK, FusedRows, fused_sampling
 from cadenza.kernels.logit_edits import Edits, edited_rows
-from cadenza.kernels.top_tokens import MOST, TopRows, top_tokens
+from cadenza.kernels.top_tokens import MAX_WIDTH, TopRows, top_tokens
 from cadenza.kernels.upload import download, upload
 
 _WORD_BITS = 32
@@ -52,7 +52,7 @@ class FusedLogitsPipeline(LogitsPipeline):
             row.candidates is None
             and row.sampling.typical_p == 1.0
             and not row.sampling.has_thresholds
-            and (wanted is None or (self._logprobs_mode == "raw_logprobs" and wanted <= MOST))
+            and (wanted is None or (self._logprobs_mode == "raw_logprobs" and wanted <= MAX_WIDTH))
         )
 
     def _fused(
@@ -143,7 +143,7 @@ class FusedLogitsPipeline(LogitsPipeline):
 
 
 def _is_searched(row: Row) -> bool:
-    return row.candidates is not None and row.candidates.count <= MOST and not has_edits(row)
+    return row.candidates is not None and row.candidates.count <= MAX_WIDTH and not has_edits(row)
 
 
 class _Masks:

@@ -18,6 +18,8 @@ from cadenza.decoding.request import Decision, TokenLogprob
 from cadenza.decoding.row import Choice, Row
 from cadenza.kernels.sampling import SamplingRows, divide_by_temperature, draw, survivors
 
+_SCORED_AT_ONCE = 64  # rows: of 128k tokens in float32 each copy takes 33 MB
+
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 
 
@@ -163,6 +165,12 @@ def processed_logits(logits: Tensor, parameters: SamplingRows) -> Tensor:
 
 def token_logprobs(logits: Tensor, tokens: Tensor, num_alternatives: Sequence[int]) -> list[TokenLogprob]:
     """Log-probability, rank and best alternatives of `tokens` [R] under logits [R, V]."""
+    if len(tokens) > _SCORED_AT_ONCE:
+        pieces = range(0, len(tokens), _SCORED_AT_ONCE)
+        parts = [slice(at, at + _SCORED_AT_ONCE) for at in pieces]
+        return [
+            found for own in parts for found in token_logprobs(logits[own], tokens[own], num_alternatives[own])
+        ]
     log_probs = logits.float().log_softmax(dim=-1)
     chosen = log_probs.gather(1, tokens[:, None])
     ranks = (log_probs > chosen).sum(dim=-1) + 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cadenza.decoding.adapters.set import AdapterSet
-from cadenza.kernels import lora
+from cadenza.kernels import lora, ops
 from cadenza.kernels.lora import Uses
 from cadenza.kernels.lora_segments import Segments, segment
 from cadenza.models.adapters.adapter import Adapter
@@ -92,7 +92,7 @@ class RowsOfSets:
             own_scales = [np.array([scale for _, scale in own], np.float32) for own in per_set]
             scales = np.concatenate([own_scales[number] for number in self.owner[users]])
         rows = np.repeat(users, counts[users])
-        if self.device.type == "cuda":
+        if ops.runs_triton(self.device):
             return segment(rows, all_planes, scales, self.device)
         starts = np.cumsum(counts[users]) - counts[users]
 

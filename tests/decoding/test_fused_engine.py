@@ -1,0 +1,132 @@
+"""The engine as it is on a GPU, by kernels in Triton's interpreter, against the same engine by torch.
+
+A small random model computes in float32. What is asked of both is one mixed batch: strategies, constraints, adapters,
+drafts, penalties, log-probabilities. Their tokens must be equal.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cadenza.decoding import Engine, EngineConfig
+from cadenza.decoding.completion import Completion, collect
+from cadenza.decoding.constraints.spec import ConstraintSpec, constraint_spec
+from cadenza.decoding.request import GenerationRequest, SamplingParams
+from cadenza.decoding.strategies.spec import BeamSearch, ContrastiveSearch, StrategySpec
+from cadenza.models import LoadedModel
+
+pytest.importorskip("triton")
+
+PROMPT = tuple(50 + 7 * number % 400 for number in range(70))
+"""More than a tile of a prompt."""
+REPEATED = tuple([60, 61, 62, 63, 64, 65] * 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    prompt: tuple[int, ...]
+    sampling: dict[str, Any]
+    strategy: StrategySpec | None = None
+    constraint: Any = None
+    adapter: str | None = None
+
+
+REQUESTS = {
+    "greedy": Asked(PROMPT, {"temperature": 0.0, "logprobs": 3}),
+    "three samples of one prompt": Asked(PROMPT, {"seed": 1, "n": 3, "top_p": 0.9, "logprobs": 0}),
+    "truncated": Asked(PROMPT[:5], {"seed": 2, "temperature": 1.3, "top_k": 20, "min_p": 0.02}),
+    "penalties": Asked(
+        PROMPT[:9],
+        {"seed": 3, "frequency_penalty": 0.5, "repetition_penalty": 1.2, "logit_bias": {5: 3.0}},
+    ),
+    "the prompt scored": Asked(PROMPT, {"temperature": 0.0, "prompt_logprobs": 1}),
+    "repetition, for drafts": Asked(REPEATED, {"temperature": 0.0, "logit_bias": {60: 9.0, 61: 9.0}}),
+    "beams": Asked(PROMPT[:20], {}, strategy=BeamSearch(num_beams=3)),
+    "contrastive": Asked(PROMPT[:11], {"temperature": 0.0}, strategy=ContrastiveSearch(penalty_alpha=0.5, top_k=3)),
+    "a choice": Asked(PROMPT[:3], {"seed": 4}, constraint=ConstraintSpec.choice(["yes", "no", "maybe so"])),
+    "beams of a regex": Asked(PROMPT[:7], {}, strategy=BeamSearch(num_beams=2), constraint=re.compile("[ab]{3}c+d")),
+    "an adapter": Asked(PROMPT, {"temperature": 0.0}, adapter="own"),
+    "an adapter, drawn": Asked(PROMPT[:30], {"seed": 6, "n": 2, "typical_p": 0.8}, adapter="own"),
+}
+
+
+def new_model(like: LoadedModel) -> LoadedModel:
+    torch.manual_seed(11)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        eos_token_id=like.eos_token_ids[0],
+    )
+    module = LlamaForCausalLM(config).eval().requires_grad_(False)
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return dataclasses.replace(like, name="small", module=module, config=config, max_model_len=400)
+
+
+def answers(model: LoadedModel, adapter: Path, **config: Any) -> dict[str, Completion]:
+    settings = EngineConfig(max_num_seqs=24, kv_cache_memory_gb=0.02, enable_lora=True, **config)
+    with Engine(model, settings) as engine:
+        assert engine.adapters is not None
+        engine.adapters.load("own", str(adapter)).result()
+        streams = {name: _submit(engine, name, asked) for name, asked in REQUESTS.items()}
+        return {
+            name: collect(stream, REQUESTS[name].sampling.get("n", 1)) for name, stream in streams.items()
+        }
+
+
+def _submit(engine: Engine, name: str, asked: Asked) -> Any:
+    assert engine.adapters is not None
+    adapters = None if asked.adapter is None else engine.adapters.acquire([(asked.adapter, 1.0)]).result()
+    constraint = None
+    if asked.constraint is not None:
+        constraint = engine.constraints.compile(constraint_spec(asked.constraint)).result()
+    stream = engine.submit(
+        GenerationRequest(
+            request_id=name,
+            prompt_token_ids=asked.prompt,
+            sampling=SamplingParams(**{"max_tokens": 8, **asked.sampling}),
+            strategy=asked.strategy,
+            constraint=constraint,
+            adapters=adapters,
+        )
+    )
+    if adapters is not None:
+        adapters.release()
+    return stream
+
+
+@pytest.mark.parametrize("config", [{}, {"speculative": "ngram"}], ids=["plain", "with drafts"])
+def test_a_mixed_batch_has_the_same_tokens_by_kernels(
+    config, smollm2, make_adapter, tmp_path, triton_interpreter
+):
+    model = new_model(smollm2)
+    adapter, _ = make_adapter(model.module, tmp_path / "own", "lora", seed=1, scale=0.2)
+    expected = answers(new_model(smollm2), adapter, **config)
+    triton_interpreter.skip_where_it_fails()
+    with triton_interpreter.interpreted():
+        actual = answers(new_model(smollm2), adapter, **config)
+    for name, completion in expected.items():
+        own, other = completion.choices, actual[name].choices
+        assert [choice.token_ids for choice in other] == [choice.token_ids for choice in own], name
+        assert [choice.finish_reason for choice in other] == [choice.finish_reason for choice in own], name
+        for one, two in zip(own, other, strict=True):
+            assert [each.token_id for each in two.logprobs] == [each.token_id for each in one.logprobs]
+            np.testing.assert_allclose(
+                [each.logprob for each in two.logprobs], [each.logprob for each in one.logprobs], atol=1e-3
+            )
+            assert [len(each.top) for each in two.logprobs] == [len(each.top) for each in one.logprobs]
+        assert completion.prompt is not None
+        assert actual[name].prompt is not None
