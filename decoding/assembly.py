@@ -25,6 +25,7 @@ from cadenza.decoding.speculation.draft_model import DraftModelDrafter
 from cadenza.decoding.speculation.ngram import NgramDrafter
 from cadenza.decoding.speculation.sharing import CPU_COST, GPU_COST
 from cadenza.decoding.speculation.speculator import Speculator
+from cadenza.decoding.warm_up import warm_up
 from cadenza.kernels import ops
 from cadenza.models import LoadedModel, ModelError
 from cadenza.models.adapters.layout import Layout, layout_of
@@ -118,7 +119,9 @@ def _pipeline(model: LoadedModel, mode: LogprobsMode, num_columns: int | None) -
     if ops.runs_triton(model.device):
         from cadenza.decoding.fused_logits import FusedLogitsPipeline
 
-        return FusedLogitsPipeline(model.tokenizer.vocab_size, mode, num_columns)
+        pipeline = FusedLogitsPipeline(model.tokenizer.vocab_size, mode, num_columns)
+        warm_up(pipeline, int(model.config.vocab_size), model.dtype, model.device)
+        return pipeline
     return LogitsPipeline(model.tokenizer.vocab_size, mode, num_columns)
 
 

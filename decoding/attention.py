@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from cadenza.decoding.kv_cache import KVCache
 from cadenza.decoding.packed_rows import PackedRows
@@ -90,5 +89,5 @@ def paged_attention(
     return attention_batch.attend(call, *rows).unsqueeze(0), None
 
 
+# No mask is registered, so none is made: transformers would look at the positions for it, and wait for the device.
 AttentionInterface.register(NAME, paged_attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

@@ -1,4 +1,5 @@
-"""The engine as it is on a GPU, by kernels in Triton's interpreter, against the same engine by torch.
+"""The engine as it is on a GPU, by kernels, in Triton's interpreter and on a GPU where there is one, against the same
+engine by torch on a CPU.
 
 A small random model computes in float32. What is asked of both is one mixed batch: strategies, constraints, adapters,
 drafts, penalties, log-probabilities. Their tokens must be equal.
@@ -19,7 +20,7 @@ from cadenza.decoding.completion import Completion, collect
 from cadenza.decoding.constraints.spec import ConstraintSpec, constraint_spec
 from cadenza.decoding.request import GenerationRequest, SamplingParams
 from cadenza.decoding.strategies.spec import BeamSearch, ContrastiveSearch, StrategySpec
-from cadenza.models import LoadedModel
+from cadenza.models import LoadConfig, LoadedModel, load_model
 
 pytest.importorskip("triton")
 
@@ -48,15 +49,19 @@ REQUESTS = {
     "the prompt scored": Asked(PROMPT, {"temperature": 0.0, "prompt_logprobs": 1}),
     "repetition, for drafts": Asked(REPEATED, {"temperature": 0.0, "logit_bias": {60: 9.0, 61: 9.0}}),
     "beams": Asked(PROMPT[:20], {}, strategy=BeamSearch(num_beams=3)),
-    "contrastive": Asked(PROMPT[:11], {"temperature": 0.0}, strategy=ContrastiveSearch(penalty_alpha=0.5, top_k=3)),
+    "contrastive": Asked(
+        PROMPT[:11], {"temperature": 0.0}, strategy=ContrastiveSearch(penalty_alpha=0.5, top_k=3)
+    ),
     "a choice": Asked(PROMPT[:3], {"seed": 4}, constraint=ConstraintSpec.choice(["yes", "no", "maybe so"])),
-    "beams of a regex": Asked(PROMPT[:7], {}, strategy=BeamSearch(num_beams=2), constraint=re.compile("[ab]{3}c+d")),
+    "beams of a regex": Asked(
+        PROMPT[:7], {}, strategy=BeamSearch(num_beams=2), constraint=re.compile("[ab]{3}c+d")
+    ),
     "an adapter": Asked(PROMPT, {"temperature": 0.0}, adapter="own"),
     "an adapter, drawn": Asked(PROMPT[:30], {"seed": 6, "n": 2, "typical_p": 0.8}, adapter="own"),
 }
 
 
-def new_model(like: LoadedModel) -> LoadedModel:
+def new_model(like: LoadedModel, device: str = "cpu") -> LoadedModel:
     torch.manual_seed(11)
     config = LlamaConfig(
         vocab_size=1000,
@@ -73,7 +78,14 @@ def new_model(like: LoadedModel) -> LoadedModel:
     for parameter in module.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
-    return dataclasses.replace(like, name="small", module=module, config=config, max_model_len=400)
+    return dataclasses.replace(
+        like,
+        name="small",
+        module=module.to(device),
+        config=config,
+        max_model_len=400,
+        device=torch.device(device),
+    )
 
 
 def answers(model: LoadedModel, adapter: Path, **config: Any) -> dict[str, Completion]:
@@ -97,7 +109,7 @@ def _submit(engine: Engine, name: str, asked: Asked) -> Any:
         GenerationRequest(
             request_id=name,
             prompt_token_ids=asked.prompt,
-            sampling=SamplingParams(**{"max_tokens": 8, **asked.sampling}),
+            sampling=SamplingParams(**{"max_tokens": 6, **asked.sampling}),
             strategy=asked.strategy,
             constraint=constraint,
             adapters=adapters,
@@ -108,25 +120,53 @@ def _submit(engine: Engine, name: str, asked: Asked) -> Any:
     return stream
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize("where", ["interpreter", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("config", [{}, {"speculative": "ngram"}], ids=["plain", "with drafts"])
 def test_a_mixed_batch_has_the_same_tokens_by_kernels(
-    config, smollm2, make_adapter, tmp_path, triton_interpreter
+    config, where, smollm2, make_adapter, tmp_path, triton_interpreter
 ):
     model = new_model(smollm2)
     adapter, _ = make_adapter(model.module, tmp_path / "own", "lora", seed=1, scale=0.2)
-    expected = answers(new_model(smollm2), adapter, **config)
-    triton_interpreter.skip_where_it_fails()
-    with triton_interpreter.interpreted():
-        actual = answers(new_model(smollm2), adapter, **config)
+    expected = answers(model, adapter, **config)
+    if where == "cuda":
+        actual = answers(new_model(smollm2, "cuda"), adapter, **config)
+    else:
+        triton_interpreter.skip_where_it_fails()
+        with triton_interpreter.interpreted():
+            actual = answers(new_model(smollm2), adapter, **config)
     for name, completion in expected.items():
         own, other = completion.choices, actual[name].choices
         assert [choice.token_ids for choice in other] == [choice.token_ids for choice in own], name
         assert [choice.finish_reason for choice in other] == [choice.finish_reason for choice in own], name
         for one, two in zip(own, other, strict=True):
-            assert [each.token_id for each in two.logprobs] == [each.token_id for each in one.logprobs]
-            np.testing.assert_allclose(
-                [each.logprob for each in two.logprobs], [each.logprob for each in one.logprobs], atol=1e-3
-            )
-            assert [len(each.top) for each in two.logprobs] == [len(each.top) for each in one.logprobs]
+            assert_same_logprobs(one.logprobs, two.logprobs)
         assert completion.prompt is not None
         assert actual[name].prompt is not None
+        one_prompt, two_prompt = completion.prompt.logprobs, actual[name].prompt.logprobs
+        assert (one_prompt is None) == (two_prompt is None)
+        if one_prompt is not None:
+            assert_same_logprobs(one_prompt[1:], two_prompt[1:])
+
+
+def assert_same_logprobs(expected: Any, actual: Any) -> None:
+    assert [each.token_id for each in actual] == [each.token_id for each in expected]
+    assert [each.rank for each in actual] == [each.rank for each in expected]
+    for part in (lambda each: [each.logprob], lambda each: [value for _, value in each.top]):
+        for one, two in zip(expected, actual, strict=True):
+            np.testing.assert_allclose(part(two), part(one), atol=1e-3)
+
+
+@needs_gpu
+def test_the_default_model_says_the_same_on_a_gpu(smollm2_path):
+    prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time, " * 40]
+    texts = []
+    for device in ("cpu", "cuda"):
+        model = load_model(str(smollm2_path), LoadConfig(dtype="float32", device=device))
+        with Engine(model, EngineConfig(kv_cache_memory_gb=0.5)) as engine:
+            texts.append(
+                [each.text for each in engine.generate_batch(prompts, temperature=0.0, max_tokens=48)]
+            )
+    assert texts[0] == texts[1]
