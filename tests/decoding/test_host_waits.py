@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from cadenza.decoding import attention, probe
+from cadenza.decoding.runner import ModelRunner
 
 pytest.importorskip("triton")
 
@@ -60,13 +61,23 @@ def test_what_waits_is_counted():
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3Text", "Olmo2", "GPT2"])
 @torch.inference_mode()
-def test_a_forward_pass_waits_for_nothing(name, triton_interpreter):
+def test_a_forward_pass_waits_for_nothing(name, triton_interpreter, monkeypatch):
     triton_interpreter.skip_where_it_fails()
     own = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 128} if name == "GPT2" else SIZES
     config = getattr(transformers, f"{name}Config")(**own)
     module = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     shapes = probe.layer_shapes(module, config)
     module.set_attn_implementation(attention.NAME)
-    with triton_interpreter.interpreted(), Waits() as waits:
+    waits, steps = Waits(), []
+
+    class Watched(ModelRunner):
+        def __call__(self, *args: Any) -> Any:
+            steps.append(self)
+            with waits:
+                return super().__call__(*args)
+
+    monkeypatch.setattr(probe, "ModelRunner", Watched)
+    with triton_interpreter.interpreted():
         probe._paged_logits(module, shapes, 16)
+    assert len(steps) == 3
     assert waits.counted == []
