@@ -20,6 +20,8 @@ Everything is on the current device. Knows nothing of layers, branches, or how t
 which only Linux has: import it where there is a GPU.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import triton
@@ -28,23 +30,25 @@ from torch import Tensor
 
 from cadenza.kernels.decode_work import SPLIT, TILE, DecodeWork
 
-LOOP_BYTES = 32 * 1024
-"""Keys and values of one head that a program reads at once. Pipelined, two to three times that is on its way."""
+LOOP_BYTES = 16 * 1024
+"""Keys and values of one head that a program multiplies at once. Pipelined, two to three times that is on its way."""
 
+# Chosen by arithmetic and by what compiles without spilling; not measured on a GPU. Two of the stages hold ids of
+# blocks, on which the loads of keys depend. Fusion of products and sums is said, because Triton's default changes with
+# its version, and the last bit with it.
+OPTIONS = {"num_warps": 4, "num_stages": 5, "enable_fp_fusion": True}
 MOST_KEYS = 64
-"""That a program multiplies at once, however short heads are."""
+
+OPTIONS_FLOAT32 = {"num_warps": 8, "num_stages": 5, "enable_fp_fusion": True}
+MOST_KEYS_FLOAT32 = 16
+"""Products are not tensor cores': more keys at once spill on sm_90."""
+
+OPTIONS_LONG = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+"""Where the fewest keys, 16, are more than LOOP_BYTES: heads of 512, or of 256 in float32."""
 
 MERGE_BLOCK = 32
 """Splits per step of the merge."""
-
-# Chosen by arithmetic and by what compiles without spilling; not measured on a GPU. Fusion of products and sums is
-# said, because Triton's default changes with its version, and the last bit with it.
-OPTIONS = {
-    torch.bfloat16: {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True},
-    torch.float16: {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True},
-    torch.float32: {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True},
-}
-MERGE_OPTIONS = {"num_warps": 2, "num_stages": 2, "enable_fp_fusion": True}
+MERGE_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 
 def decode_attention(
@@ -85,16 +89,17 @@ def decode_attention(
     partials = torch.empty(work.num_partials, num_heads, value_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(work.num_partials, num_heads, dtype=torch.float32, device=q.device)
     if num_items:
-        # Distances of one row are any number, which Triton must not compile another kernel for.
+        block, options = _launch(dim, value_dim, q.dtype)
+        # The distance of a single row may be any number, for which Triton would compile another kernel.
         row_stride = q.stride(0) if num_rows > 1 else num_heads * dim
         _split_kernel[(num_items * num_kv_heads,)](
             *(q, row_stride, q.stride(1), keys, *keys.stride()[:3], values, *values.stride()[:3]),
             *(work.members, work.splits, work.blocks, work.positions, work.firsts, partials, lse),
             *(float(scale), float(softcap or 1.0), softcap is not None, window or 0),
             *(num_kv_heads, group, size, max(TILE, _padded(group)), SPLIT, block_size),
-            *(_block(dim, value_dim, q.dtype), dim, value_dim, _padded(dim), _padded(value_dim)),
+            *(block, dim, value_dim, _padded(dim), _padded(value_dim)),
             q.device.type == "cpu",
-            **OPTIONS[q.dtype],
+            **options,
         )
     _merge_kernel[(num_rows * num_heads,)](
         *(out, partials, lse, work.positions, work.firsts, sinks, sinks is not None, window or 0),
@@ -294,10 +299,14 @@ def _tanh(x):  # type: ignore[no-untyped-def]
     return tl.where(x < 0.0, -size, size)
 
 
-def _block(dim: int, value_dim: int, dtype: torch.dtype) -> int:
-    """Keys that a program multiplies at once: a power of two, at least what a tensor core multiplies."""
-    of_a_key = 2 * _padded(max(dim, value_dim)) * dtype.itemsize
-    return max(16, min(MOST_KEYS, LOOP_BYTES // of_a_key))
+def _launch(dim: int, value_dim: int, dtype: torch.dtype) -> tuple[int, dict[str, Any]]:
+    """(keys that a program multiplies at once, a power of two and at least a tensor core's 16; options)"""
+    fitting = LOOP_BYTES // (2 * _padded(max(dim, value_dim)) * dtype.itemsize)
+    if fitting < 16:
+        return 16, OPTIONS_LONG
+    if dtype == torch.float32:
+        return min(fitting, MOST_KEYS_FLOAT32), OPTIONS_FLOAT32
+    return min(fitting, MOST_KEYS), OPTIONS
 
 
 def _padded(dim: int) -> int:

@@ -1,7 +1,7 @@
 """Decode attention against a softmax in float64, in Triton's interpreter and, where there is one, on a GPU."""
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,6 +17,19 @@ ERRORS = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Allowed, relative to the largest value. In 16 bit a GPU rounds the weights as well as the result."""
 
 
+@pytest.fixture(autouse=True)
+def _new_memory_is_poisoned(triton_interpreter, monkeypatch):
+    """Results and partial results are NaN before they are written."""
+
+    class Torch:
+        empty = staticmethod(triton_interpreter.poisoned)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(torch, name)
+
+    monkeypatch.setattr(kernel, "torch", Torch())
+
+
 @dataclass
 class Step:
     """One layer's cache and queries. Slots that nobody may read are NaN."""
@@ -26,7 +39,8 @@ class Step:
     values: Tensor
     tables: list[list[int]]
     positions: list[int]
-    options: dict[str, object] = field(default_factory=dict)
+    options: dict[str, object]
+    planned_window: int | None = None
 
     @property
     def group(self) -> int:
@@ -42,7 +56,8 @@ class Step:
 
     def run(self, rows: list[int] | None = None) -> Tensor:
         q = self.q if rows is None else self.q[rows]
-        return kernel.decode_attention(q, self.keys, self.values, self.work(rows), **self.options).cpu()
+        work = self.work(rows, self.planned_window)
+        return kernel.decode_attention(q, self.keys, self.values, work, **self.options).cpu()
 
     def truth(self) -> Tensor:
         """[R, H, Dv] float64, key by key in words of the definition."""
@@ -120,10 +135,10 @@ def check(step: Step, result: Tensor) -> None:
     assert ((result.double() - truth).abs() <= ERRORS[step.q.dtype] * truth.abs().max()).all()
 
 
-BORDERS = [0, 255, 256, 257, 31, 600]
+BORDERS = [0, 255, 256, 257, 600]
 
 CASES = {
-    "borders of splits": (BORDERS, {}),
+    "borders of splits": (BORDERS, {"kv_heads": 1}),
     "one row, one key": ([0], {"kv_heads": 1, "group": 1}),
     "one query per key head, odd heads": ([300, 12], {"kv_heads": 3, "group": 1, "dim": 80}),
     "three": ([300, 12], {"kv_heads": 3, "group": 3}),
@@ -133,20 +148,23 @@ CASES = {
     "very long heads": ([257], {"kv_heads": 1, "group": 2, "dim": 256}),
     "blocks of 64": ([300, 12], {"block_size": 64}),
     "blocks of 4": ([300, 12], {"block_size": 4}),
-    "small window": (BORDERS, {"window": 7, "kv_heads": 1}),
-    "window of a split": (BORDERS, {"window": 256, "kv_heads": 1}),
-    "long window": ([900, 20, 639], {"window": 384, "kv_heads": 1}),
+    "small window": (BORDERS, {"window": 7, "kv_heads": 1, "group": 2}),
+    "window of a split": (BORDERS, {"window": 256, "kv_heads": 1, "group": 2}),
+    "long window": ([900, 20, 639], {"window": 384, "kv_heads": 1, "group": 2}),
     "window longer than all": ([300, 5], {"window": 4096, "kv_heads": 1}),
     "soft cap": ([300, 5], {"softcap": 3.0}),
-    "sinks": (BORDERS, {"sinks": True, "kv_heads": 1}),
-    "everything": ([530, 2, 300], {"softcap": 5.0, "sinks": True, "window": 100, "group": 3, "dim": 80}),
-    "bfloat16": ([300, 12, 256], {"dtype": torch.bfloat16}),
-    "float16": ([300, 12, 256], {"dtype": torch.float16}),
+    "sinks": (BORDERS, {"sinks": True, "kv_heads": 1, "group": 2}),
+    "everything": (
+        [530, 2, 300],
+        {"kv_heads": 1, "softcap": 5.0, "sinks": True, "window": 100, "group": 3, "dim": 80},
+    ),
+    "bfloat16": ([300, 12, 256], {"kv_heads": 1, "dtype": torch.bfloat16}),
+    "float16": ([300, 12, 256], {"kv_heads": 1, "dtype": torch.float16}),
     "bfloat16, everything": (
         [530, 2],
         {"dtype": torch.bfloat16, "softcap": 5.0, "sinks": True, "window": 100},
     ),
-    "shared prefix": ([600, 530, 700, 515], {"prefix": 512, "group": 8, "dim": 32}),
+    "shared prefix": ([600, 530, 515], {"prefix": 512, "kv_heads": 1, "group": 8, "dim": 32}),
 }
 
 
@@ -164,3 +182,152 @@ def test_the_reference_is_the_same_function(name):
     parts = [part.double() for part in (step.q, step.keys, step.values)]
     result = kernel.decode_attention_reference(*parts, step.work(), **step.options)
     assert torch.allclose(result, step.truth(), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["small window", "window of a split", "long window", "everything"])
+def test_a_plan_for_a_window_leaves_out_what_is_before_it(name, kernel_device):
+    positions, settings = CASES[name]
+    step = step_of(kernel_device, positions, **settings)
+    planned = replace(step, planned_window=settings["window"])
+    assert planned.work(window=settings["window"]).num_partials < step.work().num_partials
+    assert torch.equal(planned.run(), step.run())
+
+
+def test_a_plan_for_a_window_does_for_narrower_ones_only(kernel_device):
+    step = step_of(kernel_device, [600, 270], window=100, kv_heads=1)
+    expected = step.run()
+    assert torch.equal(replace(step, planned_window=300).run(), expected)
+    for options in (step.options, step.options | {"window": None}):
+        with pytest.raises(AssertionError):
+            replace(step, planned_window=99, options=options).run()
+
+
+SHARING = {
+    "forks": ([600, 530, 700, 515], {"prefix": 512}),
+    "a prompt that ends with a split": ([511, 512, 513], {"prefix": 512}),
+    "more forks than an item has members": ([260, 300, 265], {"prefix": 256, "group": 11}),
+    "bfloat16": ([300, 260, 319], {"prefix": 256, "dtype": torch.bfloat16}),
+    "windows that end in a shared split": ([600, 530, 760], {"prefix": 512, "window": 300}),
+    "everything": ([600, 530, 700], {"prefix": 512, "window": 300, "softcap": 5.0, "sinks": True, "dim": 80}),
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_a_row_has_the_same_bits_alone_and_among_rows_that_share_its_keys(name, kernel_device):
+    positions, settings = SHARING[name]
+    step = step_of(kernel_device, positions, **{"kv_heads": 1, "group": 2} | settings)
+    work = step.work()
+    assert len(work.members) < work.num_partials, "nothing is shared"
+    together = step.run()
+    check(step, together)
+    alone = torch.cat([step.run([row]) for row in range(len(positions))])
+    assert torch.equal(together, alone)
+    assert torch.equal(step.run([2, 0]), together[[2, 0]])
+
+
+def test_drafts_share_full_splits_and_see_nothing_beyond_themselves(kernel_device):
+    """One branch's rows at successive positions; what the last one's key and value hold is no number."""
+    positions = [509, 510, 511, 512, 513]
+    step = step_of(kernel_device, positions, kv_heads=1)
+    step.tables = [step.tables[-1][:33]] * 5
+    step.keys[step.tables[0]] = 1.0
+    step.values[step.tables[0]] = 0.5
+    step.keys[step.tables[0][32], 1:] = torch.nan
+    step.values[step.tables[0][32], 1:] = torch.nan
+    result = step.run()
+    assert result[:4].isfinite().all()
+    assert result[4].isnan().all()
+    # Split 0 is one item; split 1 is full for the last three, split 2 for nobody.
+    assert (step.work().members >= 0).sum(1).tolist() == [5, 1, 1, 3, 1, 1]
+    check(replace(step, q=step.q[:4], tables=step.tables[:4], positions=positions[:4]), result[:4])
+
+
+def test_it_reads_views_and_nothing_around_them(kernel_device):
+    """Queries as part of a fused projection's rows, keys and values interleaved in one cache."""
+    step = step_of(kernel_device, [17, 40], dim=80, group=2)
+    expected = step.run()
+    rows, heads, dim = step.q.shape
+    projected = torch.full((rows, (heads + 4) * dim + 32), torch.nan, device=kernel_device)
+    projected[:, 32 : 32 + heads * dim] = step.q.flatten(1)
+    blocks, block_size, kv_heads, _ = step.keys.shape
+    cache = torch.full((blocks, 2, kv_heads, block_size, dim + 16), torch.nan, device=kernel_device)
+    cache[:, 0, :, :, :dim] = step.keys.transpose(1, 2)
+    cache[:, 1, :, :, :dim] = step.values.transpose(1, 2)
+    keys, values = (cache[:, part, :, :, :dim].transpose(1, 2) for part in range(2))
+    q = projected[:, 32 : 32 + heads * dim].unflatten(1, (heads, dim))
+    assert not any(part.is_contiguous() for part in (q, keys, values))
+    assert torch.equal(replace(step, q=q, keys=keys, values=values).run(), expected)
+
+
+def test_rows_that_are_padding_are_zero(kernel_device):
+    step = step_of(kernel_device, [300, 5], kv_heads=1, sinks=True)
+    expected = step.run()
+    padded = replace(
+        step,
+        q=step.q[[0, 0, 1, 1]],
+        tables=[step.tables[0], [], step.tables[1], []],
+        positions=[300, -1, 5, -1],
+    )
+    result = padded.run()
+    assert torch.equal(result[[0, 2]], expected)
+    assert (result[[1, 3]] == 0).all()
+    nobody = replace(step, tables=[[], []], positions=[-1, -1])
+    assert (nobody.run() == 0).all()
+
+
+def test_items_without_members_do_nothing(kernel_device):
+    """As where launches are of fixed sizes."""
+    step = step_of(kernel_device, [300, 5], kv_heads=1)
+    work = step.work()
+    padded = replace(
+        work,
+        members=torch.cat((work.members, torch.full_like(work.members[:2], -1))),
+        splits=torch.cat((work.splits, torch.zeros_like(work.splits[:2]))),
+        blocks=torch.cat((work.blocks, torch.zeros_like(work.blocks[:2]))),
+        num_partials=work.num_partials + 3,
+    )
+    result = kernel.decode_attention(step.q, step.keys, step.values, padded, **step.options).cpu()
+    assert torch.equal(result, step.run())
+
+
+def test_no_rows(kernel_device):
+    step = step_of(kernel_device, [3])
+    assert replace(step, q=step.q[:0], tables=[], positions=[]).run().shape == (0, 8, 64)
+
+
+def test_large_scores_neither_overflow_nor_vanish(kernel_device):
+    step = step_of(kernel_device, [300, 20], kv_heads=1)
+    check(replace(step, options={"scale": 40.0}), replace(step, options={"scale": 40.0}).run())
+    capped = replace(step, options={"scale": 1e4, "softcap": 30.0})
+    check(capped, capped.run())
+
+
+@pytest.mark.parametrize("wrong", ["group", "block size", "dtype", "rows", "value rows"])
+def test_what_does_not_fit_is_refused(wrong):
+    step = step_of(torch.device("cpu"), [300, 20])
+    q, keys, values, work = step.q, step.keys, step.values, step.work()
+    match wrong:
+        case "group":
+            q = q.repeat(1, 2, 1)
+        case "block size":
+            keys, values = (part.reshape(-1, 8, *part.shape[2:]) for part in (keys, values))
+        case "dtype":
+            values = values.half()
+        case "rows":
+            q = q[:1]
+        case "value rows":
+            values = values[1:]
+    with pytest.raises(AssertionError):
+        kernel.decode_attention(q, keys, values, work, **step.options)
+
+
+def test_shared_keys_are_counted_once():
+    step = step_of(
+        torch.device("cpu"), [600, 530, 515], prefix=512, kv_heads=2, group=8, dim=32, value_dim=48
+    )
+    num_keys = 512 + (601 - 512) + (531 - 512) + (516 - 512)
+    expected = 4 * (num_keys * 2 * (32 + 48) + 3 * 16 * (32 + 48))
+    assert kernel.decode_attention_bytes(step.q, step.keys, step.values, step.work()) == expected
+    alone = [step.work([row]) for row in range(3)]
+    counts = [kernel.decode_attention_bytes(step.q[:1], step.keys, step.values, work) for work in alone]
+    assert sum(counts) == expected + 4 * 2 * 512 * 2 * (32 + 48)
