@@ -223,7 +223,7 @@ def _long_rms_norm_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + begin + column, normed.to(out.dtype.element_ty), mask=is_inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _begins(row, inner, outer_stride, inner_stride):  # type: ignore[no-untyped-def]
     """Elements before a row."""
     return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride

@@ -5,9 +5,10 @@ Of each head's D elements the first `rot` are rotated in pairs, the rest is left
     out[a] = x[a] · cos[a'] - x[b] · sin[a']
     out[b] = x[b] · cos[b'] + x[a] · sin[b']
 
-    pairing          a, b                      a', b'
-    "halves"         i, i + rot/2              i, i + rot/2     GPT-NeoX's, and so Llama's
-    "neighbours"     2i, 2i + 1                2i, 2i + 1       GPT-J's, and so Cohere's
+    pairing                 a, b               a', b'
+    "halves"                i, i + rot/2       i, i + rot/2     GPT-NeoX's, and so Llama's
+    "neighbours"            2i, 2i + 1         2i, 2i + 1       GPT-J's, and so Cohere's
+    "halves_of_pairs"       i, i + rot/2       i, i             GPT-OSS's: cos and sin have rot/2 columns
     "neighbours_by_halves"  2i, 2i + 1         i, i             GLM's: the second half of cos and sin is not read
 
 The kernel computes in float32 and rounds once. transformers' functions mostly round both products and their sum to the
@@ -24,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Pairing = Literal["halves", "neighbours", "neighbours_by_halves"]
+Pairing = Literal["halves", "halves_of_pairs", "neighbours", "neighbours_by_halves"]
 
 TILE = 1024
 """Elements of one program, heads of one token."""
@@ -36,17 +37,18 @@ OPTIONS = {"num_warps": 2, "num_stages": 1, "enable_fp_fusion": True}
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, pairing: Pairing = "halves"
 ) -> tuple[Tensor, Tensor]:
-    """q [1, H, T, D] and k [1, Hkv, T, D], rotated; cos and sin [1, T, rot], rot even and at most D.
+    """q [1, H, T, D] and k [1, Hkv, T, D], rotated; cos and sin [1, T, rot] or, of pairs, [1, T, rot/2], rot even
+    and at most D.
 
     q and k of one dtype, cos and sin of one dtype, the elements of a head and of an angle next to each other. The
     results have q's dtype and lie token by token: `result.transpose(1, 2)` is contiguous.
     """
     _, num_heads, num_tokens, head_dim = q.shape
-    num_kv_heads, rot = k.shape[1], cos.shape[2]
+    num_kv_heads, rot = k.shape[1], rotated_width(cos, pairing)
     assert pairing in get_args(Pairing)
     assert q.shape[0] == 1
     assert k.shape == (1, num_kv_heads, num_tokens, head_dim)
-    assert cos.shape == sin.shape == (1, num_tokens, rot)
+    assert cos.shape == sin.shape == (1, num_tokens, cos.shape[2])
     assert rot % 2 == 0
     assert 0 < rot <= head_dim
     assert q.dtype == k.dtype
@@ -69,19 +71,26 @@ def rotary(
     return rotated_q.transpose(1, 2), rotated_k.transpose(1, 2)
 
 
+def rotated_width(cos: Tensor, pairing: Pairing) -> int:
+    """Elements of a head that are rotated."""
+    return cos.shape[2] * (2 if pairing == "halves_of_pairs" else 1)
+
+
 def rotary_reference(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, pairing: Pairing = "halves"
 ) -> tuple[Tensor, Tensor]:
     """`rotary` in plain torch, in float32 or the widest dtype of its arguments, rounded once."""
     wide = torch.promote_types(torch.promote_types(q.dtype, cos.dtype), torch.float32)
-    rot = cos.shape[2]
+    rot = rotated_width(cos, pairing)
+    if pairing == "halves_of_pairs":
+        cos, sin = (torch.cat((part, part), dim=-1) for part in (cos, sin))
     if pairing == "neighbours_by_halves":
         cos, sin = (part[..., : rot // 2].repeat_interleave(2, dim=-1) for part in (cos, sin))
     cos, sin = (part[:, None].to(wide) for part in (cos, sin))
 
     def rotated(x: Tensor) -> Tensor:
         turning = x[..., :rot].to(wide)
-        if pairing == "halves":
+        if pairing.startswith("halves"):
             first, second = turning.chunk(2, dim=-1)
             across = torch.cat((-second, first), dim=-1)
         else:
@@ -134,15 +143,16 @@ def _rotate(  # type: ignore[no-untyped-def]
     x += head.to(tl.int64)[:, None] * head_stride
     out += head[:, None] * DIM
     pair = tl.arange(0, HALF_BLOCK)
-    if PAIRING == "halves":
+    if PAIRING == "halves" or PAIRING == "halves_of_pairs":
+        AT_B: tl.constexpr = HALF if PAIRING == "halves" else 0
         is_pair = pair < HALF
         is_ours = is_head & is_pair[None, :]
         a = tl.load(x + pair[None, :], mask=is_ours, other=0.0).to(tl.float32)
         b = tl.load(x + HALF + pair[None, :], mask=is_ours, other=0.0).to(tl.float32)
         cos_a = tl.load(cos + pair, mask=is_pair, other=0.0).to(tl.float32)[None, :]
-        cos_b = tl.load(cos + HALF + pair, mask=is_pair, other=0.0).to(tl.float32)[None, :]
+        cos_b = tl.load(cos + AT_B + pair, mask=is_pair, other=0.0).to(tl.float32)[None, :]
         sin_a = tl.load(sin + pair, mask=is_pair, other=0.0).to(tl.float32)[None, :]
-        sin_b = tl.load(sin + HALF + pair, mask=is_pair, other=0.0).to(tl.float32)[None, :]
+        sin_b = tl.load(sin + AT_B + pair, mask=is_pair, other=0.0).to(tl.float32)[None, :]
         tl.store(out + pair[None, :], (a * cos_a - b * sin_a).to(out.dtype.element_ty), mask=is_ours)
         tl.store(out + HALF + pair[None, :], (b * cos_b + a * sin_b).to(out.dtype.element_ty), mask=is_ours)
     else:

@@ -13,7 +13,7 @@ from cadenza.kernels import rotary as kernels
 UNITS = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-11}
 """The relative error of one rounding; bfloat16's is that of the interpreter, which truncates."""
 
-PAIRINGS = ["halves", "neighbours", "neighbours_by_halves"]
+PAIRINGS = ["halves", "halves_of_pairs", "neighbours", "neighbours_by_halves"]
 
 
 def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
@@ -22,12 +22,12 @@ def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0)
 
 def truth_of(x: Tensor, cos: Tensor, sin: Tensor, pairing: str) -> Tensor:
     """Pair by pair as the table in the kernel's docstring says, float64."""
-    rot = cos.shape[2]
+    rot = cos.shape[2] * (2 if pairing == "halves_of_pairs" else 1)
     x, cos, sin = (part.double().cpu() for part in (x, cos[:, None], sin[:, None]))
     out = x.clone()
     for i in range(rot // 2):
-        a, b = (i, i + rot // 2) if pairing == "halves" else (2 * i, 2 * i + 1)
-        at_a, at_b = (i, i) if pairing == "neighbours_by_halves" else (a, b)
+        a, b = (i, i + rot // 2) if pairing.startswith("halves") else (2 * i, 2 * i + 1)
+        at_a, at_b = (i, i) if pairing in ("halves_of_pairs", "neighbours_by_halves") else (a, b)
         out[..., a] = x[..., a] * cos[..., at_a] - x[..., b] * sin[..., at_a]
         out[..., b] = x[..., b] * cos[..., at_b] + x[..., a] * sin[..., at_b]
     return out
@@ -57,7 +57,8 @@ def test_it_equals_float64(name, dtype, pairing, kernel_device):
     heads, kv_heads, tokens, dim, rot = CASES[name]
     q = random(1, tokens, heads, dim, dtype=dtype, device=kernel_device, seed=1).transpose(1, 2)
     k = random(1, tokens, kv_heads, dim, dtype=dtype, device=kernel_device, seed=2).transpose(1, 2)
-    cos, sin = (random(1, tokens, rot, dtype=dtype, device=kernel_device, seed=seed) for seed in (3, 4))
+    width = rot // 2 if pairing == "halves_of_pairs" else rot
+    cos, sin = (random(1, tokens, width, dtype=dtype, device=kernel_device, seed=seed) for seed in (3, 4))
     for x, result in zip((q, k), kernels.rotary(q, k, cos, sin, pairing=pairing), strict=True):
         assert_close(result, truth_of(x, cos, sin, pairing))
     wide = [part.double() for part in (q, k, cos, sin)]
@@ -77,7 +78,10 @@ def test_heads_of_a_merged_product(pairing, triton_interpreter, kernel_device):
 
     q = around(random(1, 3, 4, 40, dtype=torch.float32, device=kernel_device, seed=1)).transpose(1, 2)
     k = around(random(1, 3, 2, 40, dtype=torch.float32, device=kernel_device, seed=2)).transpose(1, 2)
-    cos, sin = (around(random(1, 3, 24, dtype=torch.float32, device=kernel_device, seed=s)) for s in (3, 4))
+    width = 12 if pairing == "halves_of_pairs" else 24
+    cos, sin = (
+        around(random(1, 3, width, dtype=torch.float32, device=kernel_device, seed=s)) for s in (3, 4)
+    )
     for x, result in zip((q, k), kernels.rotary(q, k, cos, sin, pairing=pairing), strict=True):
         assert_close(result, truth_of(x, cos, sin, pairing))
 
