@@ -5,8 +5,9 @@ once (`kernels.decode_work`). A row's result is made of the same operations what
 the device comes there in one copy that nothing waits for, and the forward pass reads nothing else: it could be a graph.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ class FusedBatch:
     """[T] where each row's key and value go."""
     num_decode_rows: int
     """The first ones; the others are prompts'."""
-    decode: DecodeWork
+    decode: Mapping[int, DecodeWork]
+    """By the number of query heads per key head, which layers may differ in."""
     prefill: PrefillWork
 
     def attend(self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -48,7 +50,8 @@ class FusedBatch:
         }
         parts = []
         if len(decode):
-            parts.append(decode_attention(decode, keys, values, self.decode, **options))
+            work = self.decode[query.shape[1] // key.shape[1]]
+            parts.append(decode_attention(decode, keys, values, work, **options))
         if len(prompts):
             parts.append(prefill_attention(prompts, keys, values, self.prefill, **options))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -56,7 +59,10 @@ class FusedBatch:
 
 def step_inputs(rows: PackedRows, kept: Sequence[int], cache: KVCache, device: torch.device) -> StepInputs:
     first = rows.num_decode_rows
-    decode = plan_decode(rows.block_tables, rows.positions[:first], cache.block_size, cache.group_size)
+    decode = {
+        group: plan_decode(rows.block_tables, rows.positions[:first], cache.block_size, group)
+        for group in cache.group_sizes
+    }
     prefill = plan_prefill(
         [chunk.block_table for chunk in rows.chunks],
         [chunk.start for chunk in rows.chunks],
@@ -64,9 +70,10 @@ def step_inputs(rows: PackedRows, kept: Sequence[int], cache: KVCache, device: t
         [chunk.num_rows for chunk in rows.chunks],
         cache.block_size,
     )
-    own = [np.array(values, np.int64) for values in (rows.token_ids, rows.positions, kept, rows.slots)]
-    tensors = upload([*own, *decode.arrays, *prefill], device)
-    token_ids, positions, kept_rows, slots = tensors[:4]
-    of_decode, of_prefill = tensors[4 : 4 + len(decode.arrays)], tensors[4 + len(decode.arrays) :]
-    batch = FusedBatch(cache, slots, first, decode.on_device(of_decode), PrefillWork(*of_prefill))
+    numbers = [np.array(values, np.int64) for values in (rows.token_ids, rows.positions, kept, rows.slots)]
+    planned = [array for plan in decode.values() for array in plan.arrays]
+    tensors = iter(upload([*numbers, *planned, *prefill], device))
+    token_ids, positions, kept_rows, slots = islice(tensors, len(numbers))
+    work = {group: plan.on_device(list(islice(tensors, len(plan.arrays)))) for group, plan in decode.items()}
+    batch = FusedBatch(cache, slots, first, work, PrefillWork(*tensors))
     return StepInputs(token_ids, positions, kept_rows, batch)

@@ -45,7 +45,7 @@ class KVCache:
 
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.group_size = max((shape.group_size for shape in shapes), default=1)
+        self.group_sizes = sorted({shape.group_size for shape in shapes})
         self.keys = [zeros(shape.num_kv_heads, shape.key_dim) for shape in shapes]
         self.values = [zeros(shape.num_kv_heads, shape.value_dim) for shape in shapes]
 

@@ -169,7 +169,9 @@ def token_logprobs(logits: Tensor, tokens: Tensor, num_alternatives: Sequence[in
         pieces = range(0, len(tokens), _SCORED_AT_ONCE)
         parts = [slice(at, at + _SCORED_AT_ONCE) for at in pieces]
         return [
-            found for own in parts for found in token_logprobs(logits[own], tokens[own], num_alternatives[own])
+            found
+            for own in parts
+            for found in token_logprobs(logits[own], tokens[own], num_alternatives[own])
         ]
     log_probs = logits.float().log_softmax(dim=-1)
     chosen = log_probs.gather(1, tokens[:, None])
