@@ -147,8 +147,8 @@ def _check_vocabulary(model: LoadedModel, draft: LoadedModel) -> None:
 def _replace_layers(
     model: LoadedModel, block_size: int, *, wants_layout: bool
 ) -> tuple[list[LayerShape], Layout | None]:
-    """Put our attention, and on a CPU our linear layers, into the model; prove that it computes the same. Returns what
-    each layer keeps in the KV cache, and what adapters may change where that is asked for."""
+    """Put our attention into the model, and on a CPU our linear layers, on a GPU our kernels; prove that it computes
+    the same. Returns what each layer keeps in the KV cache, and what adapters may change where that is asked for."""
     module = model.module
     watching: AbstractContextManager[Collection[str]] = nullcontext(())
     if wants_layout:
@@ -162,6 +162,10 @@ def _replace_layers(
     with large_blocks_apart():
         packs_floats = can_pack(model.device, model.dtype)
         pack(module, siblings, packs_floats=packs_floats, on_cpu=model.device.type == "cpu")
+    if ops.runs_triton(model.device):
+        from cadenza.models.fusion.fuse import fuse
+
+        log.info("kernels in place of the model's own: %s", fuse(module))
     shapes = probe.layer_shapes(module, model.config)
     if probe.is_quantized(module):
         expected = probe.check_operators(module, expected)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from cadenza.decoding import attention, probe
 from cadenza.decoding.runner import ModelRunner
+from cadenza.models.fusion.fuse import fuse
 
 pytest.importorskip("triton")
 
@@ -59,7 +60,9 @@ def test_what_waits_is_counted():
     assert waits.counted == ["aten::_local_scalar_dense", "aten::lift_fresh"]
 
 
-@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3Text", "Olmo2", "GPT2"])
+@pytest.mark.parametrize(
+    "name", ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3Text", "Olmo2", "GPT2"]
+)
 @torch.inference_mode()
 def test_a_forward_pass_waits_for_nothing(name, triton_interpreter, monkeypatch):
     triton_interpreter.skip_where_it_fails()
@@ -78,6 +81,7 @@ def test_a_forward_pass_waits_for_nothing(name, triton_interpreter, monkeypatch)
 
     monkeypatch.setattr(probe, "ModelRunner", Watched)
     with triton_interpreter.interpreted():
+        fuse(module)
         probe._paged_logits(module, shapes, 16)
     assert len(steps) == 3
     assert waits.counted == []

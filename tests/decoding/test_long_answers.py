@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cadenza.decoding import Engine, EngineConfig
-from cadenza.decoding.tiled_attention import MAX_GROUP_ROWS, bucket_length
 from cadenza.decoding.completion import Completion, CompletionChoice
+from cadenza.decoding.tiled_attention import MAX_GROUP_ROWS, bucket_length
 from cadenza.models import LoadedModel
 
 
