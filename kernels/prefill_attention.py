@@ -19,8 +19,6 @@ Knows nothing of layers, of positions' encoding, nor of rows that generate (`ker
 on the current device. Imports Triton, which only Linux has: import it where there is a GPU.
 """
 
-import math
-
 import numpy as np
 import torch
 import triton
@@ -30,15 +28,20 @@ from torch import Tensor
 from cadenza.kernels.prefill_work import TILE, PrefillPlan, PrefillWork
 
 CONFIGS = {
-    # (bytes of a number, width of a head up to): heads per tile, keys per block, warps, stages
-    (2, 64): (2, 64, 4, 3),
-    (2, 128): (2, 64, 8, 2),
-    (2, 256): (1, 32, 4, 2),
-    (4, 64): (1, 32, 8, 2),
-    (4, 128): (1, 32, 8, 2),
-    (4, 256): (1, 32, 8, 1),
+    # (bytes of a number, width of a head up to, heads per tile): keys per block, warps, stages
+    (2, 64, 2): (64, 8, 3),
+    (2, 64, 1): (64, 4, 3),
+    (2, 128, 2): (64, 8, 3),
+    (2, 128, 1): (32, 4, 3),
+    (2, 256, 1): (32, 8, 3),
+    (4, 64, 1): (32, 16, 1),
+    (4, 128, 1): (32, 32, 1),
+    (4, 256, 1): (16, 16, 1),
 }
-"""Chosen by arithmetic and by what compiles without spilling, within 99 KB of shared memory; not measured on a GPU."""
+"""Two heads are taken where there is a row for them and they share their keys. Blocks of keys divide `TILE`.
+
+Of three stages, Triton spends one on the block table's entry: keys and values are fetched one block ahead. Chosen by
+arithmetic and by what compiles without spilling, within 99 KB of shared memory; not measured on a GPU."""
 
 
 def prefill_attention(
@@ -76,8 +79,7 @@ def prefill_attention(
         return out
     group = num_heads // num_kv_heads
     key_width, value_width = (max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
-    heads, block, num_warps, num_stages = _config(q.dtype, max(key_width, value_width))
-    heads = math.gcd(heads, group)
+    heads, block, num_warps, num_stages = _config(q.dtype, max(key_width, value_width), group)
     is_interpreted = q.device.type == "cpu"  # kernels meet tensors of a CPU only in Triton's interpreter
     _prefill_kernel[(num_heads // heads, len(work.tiles))](
         *(q, *q.stride()[:2], keys, *keys.stride()[:3], values, *values.stride()[:3], out, *out.stride()[:2]),
@@ -162,10 +164,11 @@ def prefill_attention_flops(
     return 2 * num_pairs * num_heads * (key_dim + value_dim)
 
 
-def _config(dtype: torch.dtype, width: int) -> tuple[int, int, int, int]:
-    for (itemsize, most), config in CONFIGS.items():
-        if itemsize == dtype.itemsize and width <= most:
-            return config
+def _config(dtype: torch.dtype, width: int, group: int) -> tuple[int, int, int, int]:
+    """(heads per tile, keys per block, warps, stages)."""
+    for (itemsize, most, heads), config in CONFIGS.items():
+        if itemsize == dtype.itemsize and width <= most and group % heads == 0:
+            return heads, *config
     raise ValueError(f"no configuration for heads of {width} numbers of {dtype}")
 
 
@@ -189,24 +192,24 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     end = start + tl.load(num_rows + chunk)
     first = start + number * TILE
     table = block_tables + chunk.to(tl.int64) * table_stride
+    head = (tl.program_id(0) * HEADS).to(tl.int64)
+    row = (tl.load(first_rows + chunk) + number * TILE).to(tl.int64)
     lane = tl.arange(0, HEADS * TILE)
     position = first + lane % TILE
-    head = (tl.program_id(0) * HEADS + lane // TILE).to(tl.int64)
-    kv_head = (tl.program_id(0) * HEADS // GROUP).to(tl.int64)
-    row = (tl.load(first_rows + chunk) + position - start).to(tl.int64)
+    keys += head // GROUP * keys_head
+    values += head // GROUP * values_head
     key_at = tl.arange(0, KEY_WIDTH)[None, :]
     value_at = tl.arange(0, VALUE_WIDTH)[None, :]
     is_ours = (position < end)[:, None]
-    queries = tl.load(
-        q + (row * q_row + head * q_head)[:, None] + key_at, mask=is_ours & (key_at < KEY_DIM), other=0.0
-    )
+    q_at = (lane % TILE * q_row + lane // TILE * q_head)[:, None] + key_at
+    queries = tl.load(q + row * q_row + head * q_head + q_at, mask=is_ours & (key_at < KEY_DIM), other=0.0)
     if INTERPRETED:  # Triton's interpreter multiplies bfloat16 wrongly
         queries = queries.to(tl.float32)
     if sinks is None:
         highest = tl.full((HEADS * TILE,), float("-inf"), tl.float32)
         total = tl.full((HEADS * TILE,), 0.0, tl.float32)
     else:
-        highest = tl.load(sinks + head).to(tl.float32) * LOG2E
+        highest = tl.load(sinks + head + lane // TILE).to(tl.float32) * LOG2E
         total = tl.full((HEADS * TILE,), 1.0, tl.float32)
     result = tl.full((HEADS * TILE, VALUE_WIDTH), 0.0, tl.float32)
     # [begin, full_begin) only some rows see, as [full_end, stop); those between all rows do
@@ -216,27 +219,25 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         full_begin = tl.minimum(tl.cdiv(tl.maximum(first + TILE - WINDOW, 0), BLOCK) * BLOCK, first)
         highest, total, result = _attend(
             queries, highest, total, result, position, begin, full_begin, stop, table,
-            keys + kv_head * keys_head, keys_block, keys_offset,
-            values + kv_head * values_head, values_block, values_offset, scale,
+            keys, keys_block, keys_offset,
+            values, values_block, values_offset, scale,
             True, WINDOW, SOFTCAP, BLOCK_SIZE, BLOCK, KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, INTERPRETED,
         )  # fmt: skip
     highest, total, result = _attend(
         queries, highest, total, result, position, full_begin, full_end, stop, table,
-        keys + kv_head * keys_head, keys_block, keys_offset,
-        values + kv_head * values_head, values_block, values_offset, scale,
+        keys, keys_block, keys_offset,
+        values, values_block, values_offset, scale,
         False, WINDOW, SOFTCAP, BLOCK_SIZE, BLOCK, KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, INTERPRETED,
     )  # fmt: skip
     highest, total, result = _attend(
         queries, highest, total, result, position, full_end, stop, stop, table,
-        keys + kv_head * keys_head, keys_block, keys_offset,
-        values + kv_head * values_head, values_block, values_offset, scale,
+        keys, keys_block, keys_offset,
+        values, values_block, values_offset, scale,
         True, WINDOW, SOFTCAP, BLOCK_SIZE, BLOCK, KEY_DIM, KEY_WIDTH, VALUE_DIM, VALUE_WIDTH, INTERPRETED,
     )  # fmt: skip
-    tl.store(
-        out + (row * out_row + head * out_head)[:, None] + value_at,
-        (result / total[:, None]).to(out.dtype.element_ty),
-        mask=is_ours & (value_at < VALUE_DIM),
-    )
+    out_at = (lane % TILE * out_row + lane // TILE * out_head)[:, None] + value_at
+    own = (result / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + row * out_row + head * out_head + out_at, own, mask=is_ours & (value_at < VALUE_DIM))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
