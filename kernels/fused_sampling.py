@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cadenza.kernels.noise import BLOCK, all_words, gumbel
+from cadenza.kernels.noise import BLOCK, gumbel, random_words
 
 OK = 0
 NOTHING_ALLOWED = 1
@@ -94,7 +94,7 @@ def fused_sampling(
     draws = FusedDraws(*(torch.empty(num_rows, dtype=kind, device=logits.device) for kind in _DRAWS))
     if not num_rows:
         return draws
-    maxima, masses, raw_maxima, raw_masses = logits.new_empty(4, num_rows, num_blocks, dtype=torch.float32)
+    maxima, masses, raw_maxima, raw_masses = torch.empty(4, num_rows, num_blocks, device=logits.device)
     best = torch.empty(num_rows, num_blocks, dtype=torch.int32, device=logits.device)
     is_ragged = logits.shape[1] % _GROUP > 0 or edited.shape[1] % _GROUP > 0
     inputs = (
@@ -150,7 +150,8 @@ def fused_sampling_reference(
     )
     is_greedy = rows.temperature[:, None] == 0
     s = (x - largest) / torch.where(is_greedy, 1.0, rows.temperature[:, None].double())
-    words = all_words(rows.seed, rows.branch.long(), rows.position.long(), x.shape[1])
+    seed, branch, position = (column[:, None].long() for column in (rows.seed, rows.branch, rows.position))
+    words = random_words(seed, branch, position, torch.arange(x.shape[1], device=x.device)[None, :])
     scores = (s + gumbel(words)).masked_fill(~_kept(s, rows), -torch.inf)
     tokens = torch.where(is_greedy, x, scores).nan_to_num(nan=-torch.inf).argmax(dim=-1, keepdim=True)
     columns = torch.arange(raw.shape[1], device=raw.device) < rows.num_columns[:, None]

@@ -36,6 +36,7 @@ from cadenza.kernels.fused_sampling_tiles import (
     noisy_score,
     raw_statistics,
     token_ids,
+    word_of,
 )
 
 _SMALLEST_SHARE: tl.constexpr = tl.constexpr(2.0**-100)
@@ -82,14 +83,27 @@ def _blocks_kernel(  # type: ignore[no-untyped-def]
         if temperature == 0:
             token = first_place(x0 == largest, x1 == largest, x2 == largest, x3 == largest)
         else:
-            scale = LOG2_E / bounded_temperature(temperature)
+            inverse = 1.0 / bounded_temperature(temperature)
+            scale = inverse * LOG2_E
             if tl.load(top_ps + row) < 1:
                 e = tl.exp2((x0 - largest) * scale) + tl.exp2((x1 - largest) * scale)
                 e += tl.exp2((x2 - largest) * scale) + tl.exp2((x3 - largest) * scale)
                 tl.store(masses + out, tl.sum(e))
             seed = tl.load(seeds + row)
             token = best_of_block(
-                x0, x1, x2, x3, largest, scale, seed, tl.load(branches + row), tl.load(positions + row), block
+                *(
+                    x0,
+                    x1,
+                    x2,
+                    x3,
+                    largest,
+                    inverse,
+                    seed,
+                    tl.load(branches + row),
+                    tl.load(positions + row),
+                    block,
+                ),
+                *(raw, own, is_edited),
             )
     tl.store(best + out, start + token)
 
@@ -129,7 +143,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
             x = tl.load(raw + block_best, mask=is_live, other=-INFINITY).to(tl.float32)
         score = x
         if temperature > 0:
-            score = noisy_score(x, largest, inverse, seed, branch, position, block_best)
+            score = noisy_score(x, largest, inverse, word_of(seed, branch, position, block_best))
         token = tl.min(tl.where(is_live & (score == tl.max(score, 0)), block_best, NO_TOKEN), 0)
         top_k = tl.load(top_ks + row)
         top_p = tl.load(top_ps + row)
@@ -275,13 +289,13 @@ def _draw_above(  # type: ignore[no-untyped-def]
             x2 = tl.where((x2 > bound) & ((x2 - largest) * inverse >= least_score), x2, -INFINITY)
             x3 = tl.where((x3 > bound) & ((x3 - largest) * inverse >= least_score), x3, -INFINITY)
             found = start + best_of_block(
-                x0, x1, x2, x3, block_largest, inverse * LOG2_E, seed, branch, position, block
+                *(x0, x1, x2, x3, block_largest, inverse, seed, branch, position, block, raw, own, is_edited)
             )
             if is_edited:
                 found_value = tl.load(own + found)
             else:
                 found_value = tl.load(raw + found).to(tl.float32)
-            score = noisy_score(found_value, largest, inverse, seed, branch, position, found)
+            score = noisy_score(found_value, largest, inverse, word_of(seed, branch, position, found))
             is_better = score > best_score  # of equal ones the first, in the order of blocks
             token = tl.where(is_better, found, token)
             value = tl.where(is_better, found_value, value)

@@ -24,8 +24,11 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _UNIT: tl.constexpr = tl.constexpr(2.0**-32)
 _SMALL: tl.constexpr = tl.constexpr(2.0**-12)
 _NEAREST_TO_ONE: tl.constexpr = tl.constexpr(2.0**-24)
-_SLACK: tl.constexpr = tl.constexpr(1.0 + 2.0**-16)
-"""More than the rounding of any time that two tokens are compared by."""
+_SLACK: tl.constexpr = tl.constexpr(1.0 + 2.0**-9)
+"""More than what a race loses to the place in its last bits, and to rounding."""
+_NOT_PLACE: tl.constexpr = tl.constexpr(-noise.BLOCK)
+_NO_KEY: tl.constexpr = tl.constexpr(2**31 - 1)
+"""As a float32 no number: it is below no limit."""
 _SMALLEST_TEMPERATURE: tl.constexpr = tl.constexpr(2.0**-120)
 _LARGEST_TEMPERATURE: tl.constexpr = tl.constexpr(2.0**120)
 NO_TOKEN: tl.constexpr = tl.constexpr(2**31 - 1)
@@ -33,44 +36,54 @@ NO_TOKEN: tl.constexpr = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def best_of_block(  # type: ignore[no-untyped-def]
-    x0, x1, x2, x3, largest, scale, seed, branch, position, block
+    x0, x1, x2, x3, largest, inverse, seed, branch, position, block, raw, own, is_edited
 ):  # fmt: skip
-    """Of one block the place of the token that wins; largest: finite, at least as large as any x; scale: log2(e) / T.
+    """Of one block the place of the token that wins; largest: finite, at least as large as any x.
 
-    Times E / e are compared, u / e first. The next token to look at is that of the next u / e, of equal ones the next
-    place, until that is beyond the best time: then so are the times of all that are left.
+    Tokens are looked at in the order of u / e, until that is beyond E / e of one that was: so is E / e of all others.
     """
-    group = (tl.arange(0, QUARTER // GROUP) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+    scale = inverse * LOG2_E
+    group = token_ids(0, QUARTER)
     word0, word1, word2, word3 = _philox(seed, branch, position, (group + block * QUARTER).to(tl.uint32))
-    race0 = _uniform(word0) * tl.exp2((largest - x0) * scale)
-    race1 = _uniform(word1) * tl.exp2((largest - x1) * scale)
-    race2 = _uniform(word2) * tl.exp2((largest - x2) * scale)
-    race3 = _uniform(word3) * tl.exp2((largest - x3) * scale)
-    next_race = tl.min(tl.minimum(tl.minimum(race0, race1), tl.minimum(race2, race3)))
-    place = -1
+    race0 = _race(word0, x0, largest, scale) | group
+    race1 = _race(word1, x1, largest, scale) | (group + QUARTER)
+    race2 = _race(word2, x2, largest, scale) | (group + 2 * QUARTER)
+    race3 = _race(word3, x3, largest, scale) | (group + 3 * QUARTER)
+    key = tl.min(tl.minimum(tl.minimum(race0, race1), tl.minimum(race2, race3)))
     best = 0
-    best_time = INFINITY
-    while (next_race <= best_time * _SLACK) & (next_race < INFINITY):
-        race = next_race
-        place = first_place(
-            (race0 == race) & (group > place),
-            (race1 == race) & (group + QUARTER > place),
-            (race2 == race) & (group + 2 * QUARTER > place),
-            (race3 == race) & (group + 3 * QUARTER > place),
-        )
-        word = _word(seed, branch, position, block * (4 * QUARTER) + place)
-        time = race * (_exponential(word) / _uniform(word))
-        is_better = (time < best_time) | ((time == best_time) & (place < best))
+    best_score = -INFINITY
+    limit = INFINITY
+    time = key.to(tl.float32, bitcast=True)
+    while time <= limit:
+        place = key & (4 * QUARTER - 1)
+        token = block * (4 * QUARTER) + place
+        if is_edited:
+            value = tl.load(own + token)
+        else:
+            value = tl.load(raw + token).to(tl.float32)
+        word = word_of(seed, branch, position, token)
+        score = noisy_score(value, largest, inverse, word)
+        is_better = (score > best_score) | ((score == best_score) & (place < best))
         best = tl.where(is_better, place, best)
-        best_time = tl.minimum(best_time, time)
-        rest0 = tl.where((race0 > race) | ((race0 == race) & (group > place)), race0, INFINITY)
-        rest1 = tl.where((race1 > race) | ((race1 == race) & (group + QUARTER > place)), race1, INFINITY)
-        rest2 = tl.where((race2 > race) | ((race2 == race) & (group + 2 * QUARTER > place)), race2, INFINITY)
-        rest3 = tl.where((race3 > race) | ((race3 == race) & (group + 3 * QUARTER > place)), race3, INFINITY)
-        next_race = tl.min(tl.minimum(tl.minimum(rest0, rest1), tl.minimum(rest2, rest3)))
-        if next_race > race:
-            place = -1
+        best_score = tl.where(is_better, score, best_score)
+        limit = tl.minimum(limit, time * (_exponential(word) / _uniform(word)) * _SLACK)
+        # The next key: as unsigned numbers, distances to those that are not above this one are the largest.
+        after = key + 1
+        distance = tl.minimum(
+            tl.minimum((race0 - after).to(tl.uint32), (race1 - after).to(tl.uint32)),
+            tl.minimum((race2 - after).to(tl.uint32), (race3 - after).to(tl.uint32)),
+        )
+        following = tl.min(distance).to(tl.int32)
+        key = tl.where(following < 0, _NO_KEY, after + following)
+        time = key.to(tl.float32, bitcast=True)
     return best
+
+
+@triton.jit
+def _race(word, x, largest, scale):  # type: ignore[no-untyped-def]
+    """u / e as the bits of a float32, which order positive numbers, with a token's place for its last 12 bits."""
+    race = (word.to(tl.float32) + 0.5) * tl.exp2((largest - x) * scale)
+    return race.to(tl.int32, bitcast=True) & _NOT_PLACE
 
 
 @triton.jit
@@ -173,9 +186,9 @@ def bounded_temperature(temperature):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def noisy_score(x, largest, inverse, seed, branch, position, token):  # type: ignore[no-untyped-def]
+def noisy_score(x, largest, inverse, word):  # type: ignore[no-untyped-def]
     """s + g."""
-    return (x - largest) * inverse - tl.log(_exponential(_word(seed, branch, position, token)))
+    return (x - largest) * inverse - tl.log(_exponential(word))
 
 
 @triton.jit
@@ -191,7 +204,7 @@ def _exponential(word):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _word(seed, branch, position, token):  # type: ignore[no-untyped-def]
+def word_of(seed, branch, position, token):  # type: ignore[no-untyped-def]
     """`noise.random_words` of a row's tokens."""
     group = (token // (4 * QUARTER)) * QUARTER + token % QUARTER
     word0, word1, word2, word3 = _philox(seed, branch, position, group.to(tl.uint32))

@@ -38,6 +38,9 @@ _WIDEST_NOISE = 25.8
 _FEW = 8  # a word of noise by itself costs four times as much as one of four
 _ALIGNMENT = 64  # elements: no number is computed as the scalar remainder of a vector, whatever is beside it
 _NUM_CANDIDATES = 256
+_NUM_TIES = (
+    16  # that are expected of the last of the top-k, or an eighth of them: of 16-bit logits many are equal
+)
 ROWS_AT_ONCE = (
     8  # of whole vocabularies, whose sorted values, tokens, sums and noise take 35 times their logits
 )
@@ -151,7 +154,9 @@ def truncate(logits: Tensor, rows: SamplingRows, which: Tensor) -> Iterator[tupl
     Yields groups (rows [r], token ids [r, K], scaled logits [r, K], -inf where cut off).
     """
     vocab_size = logits.shape[-1]
-    widths = torch.where(rows.top_k > 0, rows.top_k, _NUM_CANDIDATES).clamp_max(vocab_size)
+    with_ties = rows.top_k + torch.maximum(rows.top_k // 8, torch.full_like(rows.top_k, _NUM_TIES))
+    with_ties = (with_ties + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
+    widths = torch.where(rows.top_k > 0, with_ties, _NUM_CANDIDATES).clamp_max(vocab_size)
     for width in widths[which].unique().tolist():
         chosen = (which & (widths == width)).nonzero().flatten()
         own = rows.select(chosen)

@@ -1,7 +1,13 @@
 """Truncations that take tokens in the order of their probabilities: top-k, typical-p, top-p, min-p.
 
-The vocabulary is not sorted where its most likely tokens prove to be enough: each result says whether they were.
-A row's result does not depend on the rows beside it. Knows numbers only; which width to try is `sampling`'s.
+Equally likely tokens stay or go together, except in typical-p, which counts them one by one: so what is kept does not
+depend on how a sort orders them. With s the scaled logits and mass the sum of exp(s), Z that of the top-k set,
+
+    top-k, top-p and min-p keep {i: #{j: s_j > s_i} < top_k, mass{j: s_j > s_i} < top_p Z, s_i >= max s + ln(min_p)}
+
+which is what `fused_sampling` draws from. The vocabulary is not sorted where its most likely tokens prove to be
+enough: each result says whether they were. A row's result does not depend on the rows beside it. Knows numbers only;
+which width to try is `sampling`'s.
 """
 
 import torch
@@ -20,25 +26,47 @@ def most_likely(
     """
     values, candidates = scaled.topk(width, dim=-1)
     is_whole = width == scaled.shape[-1]
-    bounded = (top_k > 0) | is_whole  # nothing outside the candidates can be kept
     log_total = scaled.log_softmax(dim=-1).gather(1, candidates[:, :1])
     log_probs = log_total - (values[:, :1] - values)  # of the whole distribution
-    in_top_k = torch.where((top_k > 0)[:, None], log_probs.log_softmax(dim=-1), log_probs)
+    in_top_k, is_split = _top_k(values, log_probs, top_k)
+    bounded = (top_k > 0) | is_whole  # nothing outside the candidates can be kept
 
     log_probs, is_typical_exact = _typical(in_top_k, typical_p, bounded, scaled)
     probs = log_probs.exp()
-    before = probs.cumsum(dim=-1) - probs
+    above = _sums_above(values, probs)
     uses_top_p = top_p < 1
-    kept = (before < top_p[:, None]) | ~uses_top_p[:, None]
-    bounded = bounded | (uses_top_p & (before[:, -1] >= top_p))
+    kept = (above < top_p[:, None]) | ~uses_top_p[:, None]
+    bounded = bounded | (uses_top_p & (above[:, -1] >= top_p))
 
     # relative to the most likely of those still kept; renormalizing does not change the comparison
     threshold = min_p * probs.amax(dim=-1)
     kept &= probs >= threshold[:, None]
     bounded = bounded | (probs[:, -1] < threshold)
 
-    exact = torch.where(typical_p < 1, is_typical_exact, bounded)
+    exact = torch.where(typical_p < 1, is_typical_exact, bounded) & (~is_split | is_whole)
     return candidates, values.masked_fill(~kept | log_probs.isneginf(), -torch.inf), exact
+
+
+def _top_k(values: Tensor, log_probs: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Renormalized log-probabilities [r, K] of the top_k and of all that equal the last of them, -inf for others; and
+    [r] whether more that equal it may lie outside the candidates.
+
+    values: [r, K], largest first.
+    """
+    on = top_k > 0
+    last = values.gather(1, (top_k - 1).clamp(0, values.shape[-1] - 1)[:, None])
+    renormalized = log_probs.masked_fill(values < last, -torch.inf).log_softmax(dim=-1)
+    is_split = on & (values[:, -1] == last[:, 0]) & (last[:, 0] > -torch.inf)
+    return torch.where(on[:, None], renormalized, log_probs), is_split
+
+
+def _sums_above(values: Tensor, probs: Tensor) -> Tensor:
+    """[r, K]: of probs, over what has a larger value: equal ones have the same. values: [r, K], largest first."""
+    before = torch.nn.functional.pad(probs.cumsum(dim=-1), (1, -1))
+    is_first = torch.ones_like(values, dtype=torch.bool)
+    is_first[:, 1:] = values[:, 1:] < values[:, :-1]
+    places = torch.arange(values.shape[-1], device=values.device).expand_as(values)
+    return before.gather(1, torch.where(is_first, places, 0).cummax(dim=-1).values)
 
 
 def _typical(log_probs: Tensor, typical_p: Tensor, bounded: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
