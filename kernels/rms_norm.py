@@ -12,7 +12,8 @@ have one order for every row of a width, so that a row's bits do not depend on w
 Knows nothing of layers. Imports Triton, which only Linux has: import it where there is a GPU.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -108,34 +109,35 @@ def _launch(
     num_rows = x.numel() // width if width else 0
     if not num_rows:
         return
-    if (rows := _rows(x)) is None:
-        x = x.contiguous()
-        rows = _rows(x)
-    other = rows if residual is None else _rows(residual)
-    if residual is not None and other is None:
-        residual = residual.contiguous()
-        other = _rows(residual)
-    assert rows is not None
-    assert other is not None
-    block = triton.next_power_of_2(width)
-    pointers = (x, *rows, residual, *other, weight, total, out, num_rows, eps)
-    if block > MAX_BLOCK:
-        _long_rms_norm_kernel[(num_rows,)](
-            *pointers,
-            *(width, LOOP_BLOCK, offset, rounds_first),
-            num_warps=WARPS[LOOP_BLOCK],
-            num_stages=1,
-            enable_fp_fusion=True,
-        )
-        return
-    tile_rows = max(1, MIN_TILE // block)
-    _rms_norm_kernel[(-(-num_rows // tile_rows),)](
-        *pointers,
-        *(width, tile_rows, block, offset, rounds_first),
-        num_warps=WARPS[max(block, MIN_TILE)],
-        num_stages=1,
-        enable_fp_fusion=True,
+    x, rows = _with_rows(x)
+    residual, other = (None, rows) if residual is None else _with_rows(residual)
+    kernel, tile_rows, blocks, options = _plan(width)
+    kernel[(-(-num_rows // tile_rows),)](
+        *(x, *rows, residual, *other, weight, total, out, num_rows, eps),
+        *(width, *blocks, offset, rounds_first),
+        **options,
     )
+
+
+@functools.cache
+def _plan(width: int) -> tuple[Any, int, tuple[int, ...], dict[str, Any]]:
+    """(kernel, rows per program, its blocks, options)."""
+    options = {"num_stages": 1, "enable_fp_fusion": True}
+    block = triton.next_power_of_2(width)
+    if block > MAX_BLOCK:
+        return _long_rms_norm_kernel, 1, (LOOP_BLOCK,), {**options, "num_warps": WARPS[LOOP_BLOCK]}
+    tile_rows = max(1, MIN_TILE // block)
+    warps = WARPS[max(block, MIN_TILE)]
+    return _rms_norm_kernel, tile_rows, (tile_rows, block), {**options, "num_warps": warps}
+
+
+def _with_rows(x: Tensor) -> tuple[Tensor, _Rows]:
+    """x, in memory of its own where its rows lie at distances of more than two kinds."""
+    rows = _rows(x)
+    if rows is None:
+        x = x.contiguous()
+        rows = _Rows(1, x.shape[-1], 0)
+    return x, rows
 
 
 def _with_next_elements(x: Tensor) -> Tensor:
@@ -144,6 +146,8 @@ def _with_next_elements(x: Tensor) -> Tensor:
 
 def _rows(x: Tensor) -> _Rows | None:
     """None: the rows lie at distances of more than two kinds."""
+    if x.is_contiguous():
+        return _Rows(1, x.shape[-1], 0)
     sizes: list[tuple[int, int]] = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:

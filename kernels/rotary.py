@@ -62,8 +62,8 @@ def rotary(
     q_programs, k_programs = -(-num_heads // heads), -(-num_kv_heads // heads)
     if num_tokens and q_programs + k_programs:
         _rotary_kernel[(num_tokens, q_programs + k_programs)](
-            *(q, q.stride(2), q.stride(1), rotated_q, k, k.stride(2), k.stride(1), rotated_k),
-            *(cos, cos.stride(1), sin, sin.stride(1)),
+            *(q, _step(q, 2), q.stride(1), rotated_q, k, _step(k, 2), k.stride(1), rotated_k),
+            *(cos, _step(cos, 1), sin, _step(sin, 1)),
             *(num_heads, num_kv_heads, head_dim, rot, heads, q_programs),
             *(triton.next_power_of_2(rot // 2), triton.next_power_of_2(max(1, head_dim - rot)), pairing),
             **OPTIONS,
@@ -74,6 +74,11 @@ def rotary(
 def rotated_width(cos: Tensor, pairing: Pairing) -> int:
     """Elements of a head that are rotated."""
     return cos.shape[2] * (2 if pairing == "halves_of_pairs" else 1)
+
+
+def _step(x: Tensor, dimension: int) -> int:
+    """From one token to the next. Where there is one only, any number is right, and 1 would be compiled anew."""
+    return x.stride(dimension) if x.shape[dimension] > 1 else 0
 
 
 def rotary_reference(

@@ -71,7 +71,8 @@ class FusedNorm:
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + x, with its norm noted on it where the kernel can compute both."""
         is_alike = x.shape == residual.shape and x.dtype == residual.dtype and x.device == residual.device
-        if not is_alike or self.module._forward_pre_hooks or not (self._covers(x) and self._covers(residual)):
+        is_ours = is_alike and not residual.requires_grad and self._covers(x)
+        if not is_ours or self.module._forward_pre_hooks:
             return residual + x
         form = self._form
         total, normed = self._kernels.add_rms_norm(

@@ -61,14 +61,16 @@ def _rebound(function: FunctionType) -> FunctionType | None:
 
 
 def _fused(theirs: Callable[..., Any], form: RotaryForm) -> Callable[..., Any]:
-    from cadenza.kernels.rotary import rotary, rotated_width
+    from cadenza.kernels import rotary as kernels
 
     def rotate(*args: Any, **kwargs: Any) -> Any:
         if len(args) != 4 or kwargs or not _covers(*args):
             return theirs(*args, **kwargs)
-        rot, head_dim = rotated_width(args[2], form.pairing), args[0].shape[3]
-        fits = 0 < rot <= head_dim and rot % 2 == 0 and (form.is_partial or rot == head_dim)
-        return rotary(*args, pairing=form.pairing) if fits else theirs(*args)
+        rot, head_dim = kernels.rotated_width(args[2], form.pairing), args[0].shape[3]
+        if rot > head_dim or rot % 2 or not (form.is_partial or rot == head_dim):
+            return theirs(*args)
+        q, k, cos, sin = args
+        return kernels.rotary(q, k, cos.contiguous(), sin.contiguous(), pairing=form.pairing)
 
     return rotate
 
@@ -83,8 +85,8 @@ def _covers(q: Any, k: Any, cos: Any, sin: Any) -> bool:
         return False
     num_tokens, head_dim = q.shape[2:]
     is_one_sequence = q.shape[0] == 1 and k.shape == (1, k.shape[1], num_tokens, head_dim)
-    are_its_angles = cos.shape == sin.shape == (1, num_tokens, cos.shape[2])
-    return is_one_sequence and are_its_angles and all(part.stride(-1) == 1 for part in every)
+    are_its_angles = cos.shape == sin.shape == (1, num_tokens, cos.shape[2]) and cos.shape[2] > 0
+    return bool(is_one_sequence and are_its_angles and q.stride(3) == k.stride(3) == 1)
 
 
 def rotary_form(function: FunctionType) -> RotaryForm | None:

@@ -6,7 +6,9 @@ import torch
 pytest.importorskip("triton")
 
 from cadenza.models.fusion.fuse import fuse
+from cadenza.models.offload.stream import LayerStream
 from cadenza.models.packing import pack, watch_siblings
+from cadenza.models.weights import FileWeights
 
 ARCHITECTURES = {
     # norms, feed-forward layers, rotations, layers; of two layers
@@ -150,3 +152,20 @@ def test_layers_whose_weights_come_and_go(new_model, logits_of, kernel_device, c
     assert_close(logits.cpu(), expected)
     assert called["rms_norm"] == 5
     assert called["add_rms_norm"] == 0
+
+
+def test_layers_that_are_streamed(new_model, logits_of, kernel_device, called):
+    """The norm of a layer that is not there yet cannot take the sum before it; the model's last norm can."""
+    module = new_model("llama").to(kernel_device)
+    expected = logits_of(module)
+    for number, layer in enumerate(module.model.layers):
+        name = f"model.layers.{number}"
+        held = {f"{name}.{key}": value.clone() for key, value in layer.state_dict().items()}
+        LayerStream(name, layer, FileWeights({}, held), kernel_device, is_resident=False)
+    assert module.model.layers[0].input_layernorm.weight.is_meta
+    assert fuse(module) == {"norms": 5, "feed_forwards": 2, "rotations": 2, "layers": 2}
+    for _ in range(2):
+        called.clear()
+        assert_close(logits_of(module), expected)
+        assert called == {"rms_norm": 2, "add_rms_norm": 3, "rotary": 2, "gated_activation": 2}
+    assert module.model.layers[0].input_layernorm.weight.is_meta
