@@ -178,6 +178,8 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     the keys of one split."""
     item = tl.program_id(0) // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
+    k_head = kv_head.to(tl.int64) * k_head_stride
+    v_head = kv_head.to(tl.int64) * v_head_stride
     lane = tl.arange(0, TILE)
     member = lane // GROUP
     row = tl.load(members + item * MEMBERS + member, mask=member < MEMBERS, other=-1)
@@ -210,16 +212,12 @@ def _split_kernel(  # type: ignore[no-untyped-def]
         block = tl.load(blocks + item * (SPLIT // BLOCK_SIZE) + key % SPLIT // BLOCK_SIZE).to(tl.int64)
         within = key % BLOCK_SIZE
         k = tl.load(
-            keys
-            + (block * k_block_stride + within * k_stride + kv_head * k_head_stride)[None, :]
-            + d[:, None],
+            keys + (block * k_block_stride + within * k_stride + k_head)[None, :] + d[:, None],
             mask=is_inside[None, :] & (d < D)[:, None],
             other=0.0,
         )
         v = tl.load(
-            values
-            + (block * v_block_stride + within * v_stride + kv_head * v_head_stride)[:, None]
-            + dv[None, :],
+            values + (block * v_block_stride + within * v_stride + v_head)[:, None] + dv[None, :],
             mask=is_inside[:, None] & (dv < DV)[None, :],
             other=0.0,
         )
@@ -240,13 +238,12 @@ def _split_kernel(  # type: ignore[no-untyped-def]
         total = total * shrink + tl.sum(weight, 1)
         result = tl.dot(weight.to(v.dtype), v, result * shrink[:, None], input_precision="ieee")
         most = new_most
-    is_empty = total == 0.0
-    result = result / tl.where(is_empty, 1.0, total)[:, None]
+    result = result / tl.where(total == 0.0, 1.0, total)[:, None]
     partial = (tl.load(firsts + row, mask=is_used, other=0) + split).to(tl.int64) * (KV_HEADS * GROUP) + head
     tl.store(
         partials + partial[:, None] * DV + dv[None, :], result, mask=is_used[:, None] & (dv < DV)[None, :]
     )
-    tl.store(lse + partial, most + tl.log2(tl.where(is_empty, 1.0, total)), mask=is_used)
+    tl.store(lse + partial, most + tl.log2(total), mask=is_used)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

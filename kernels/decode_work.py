@@ -114,9 +114,9 @@ def plan_decode(
 
     # Equal splits come to lie side by side: tables that part never meet again, so the last blocks tell them apart.
     # Where tables do otherwise, less is shared than could be.
-    order = np.lexsort((row, blocks[:, 0], blocks[:, -1], split))
-    row, split, blocks = row[order], split[order], blocks[order]
     is_full = position[row] >= (split + 1) * SPLIT - 1
+    order = np.lexsort((row, is_full, blocks[:, 0], blocks[:, -1], split))
+    row, split, blocks, is_full = row[order], split[order], blocks[order], is_full[order]
     is_shared = np.zeros(len(row), bool)  # with the one before
     is_shared[1:] = (split[1:] == split[:-1]) & is_full[1:] & is_full[:-1]
     is_shared[1:] &= (blocks[1:] == blocks[:-1]).all(axis=1)

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -149,6 +150,10 @@ CASES = {
     "blocks of 64": ([300, 12], {"block_size": 64}),
     "blocks of 4": ([300, 12], {"block_size": 4}),
     "small window": (BORDERS, {"window": 7, "kv_heads": 1, "group": 2}),
+    "windows that begin about a border of splits": (
+        [261, 262, 263],
+        {"window": 7, "kv_heads": 1, "group": 2},
+    ),
     "window of a split": (BORDERS, {"window": 256, "kv_heads": 1, "group": 2}),
     "long window": ([900, 20, 639], {"window": 384, "kv_heads": 1, "group": 2}),
     "window longer than all": ([300, 5], {"window": 4096, "kv_heads": 1}),
@@ -259,8 +264,22 @@ def test_it_reads_views_and_nothing_around_them(kernel_device):
     assert torch.equal(replace(step, q=q, keys=keys, values=values).run(), expected)
 
 
-def test_rows_that_are_padding_are_zero(kernel_device):
-    step = step_of(kernel_device, [300, 5], kv_heads=1, sinks=True)
+def test_addresses_may_be_beyond_32_bits(triton_interpreter):
+    """A cache of 8 GiB, of which the system brings what is written: the last block's slots."""
+    triton_interpreter.skip_where_it_fails()
+    num_blocks = (1 << 32) // (16 * 64) // 2 + 1
+    whole = torch.from_numpy(np.zeros((num_blocks, 16, 1, 64), np.float32))
+    block, step = num_blocks - 1, step_of(torch.device("cpu"), [5], kv_heads=1, group=1)
+    whole[block] = step.keys[step.tables[0][0]]
+    far = replace(step, keys=whole, values=whole, tables=[[block]])
+    near = replace(step, values=step.keys)
+    with triton_interpreter.interpreted():
+        assert torch.equal(far.run(), near.run())
+
+
+@pytest.mark.parametrize("options", [{}, {"sinks": True}])
+def test_rows_that_are_padding_are_zero(options, kernel_device):
+    step = step_of(kernel_device, [300, 5], kv_heads=1, group=2, **options)
     expected = step.run()
     padded = replace(
         step,
@@ -293,6 +312,16 @@ def test_items_without_members_do_nothing(kernel_device):
 def test_no_rows(kernel_device):
     step = step_of(kernel_device, [3])
     assert replace(step, q=step.q[:0], tables=[], positions=[]).run().shape == (0, 8, 64)
+
+
+def test_a_split_that_weighs_nothing_leaves_the_others(kernel_device):
+    """All its scores are -inf."""
+    step = step_of(kernel_device, [300], kv_heads=1, group=1)
+    step.q[:] = step.q.abs()
+    step.keys[step.tables[0][:16]] = -torch.inf
+    result = step.run()
+    assert result.isfinite().all()
+    check(step, result)
 
 
 def test_large_scores_neither_overflow_nor_vanish(kernel_device):
