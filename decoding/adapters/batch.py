@@ -11,6 +11,7 @@ from cadenza.decoding.adapters.set import AdapterSet
 from cadenza.kernels import lora, ops
 from cadenza.kernels.lora import Uses
 from cadenza.kernels.lora_segments import Segments, segment
+from cadenza.kernels.upload import upload
 from cadenza.models.adapters.adapter import Adapter
 
 Planes = tuple[int, ...]
@@ -42,8 +43,7 @@ class RowsOfSets:
     def rows_of(self, number: int) -> Tensor:
         """[rows] int64: those of the set."""
         if number not in self._rows:
-            found = np.flatnonzero(self.owner == number)
-            self._rows[number] = torch.from_numpy(found).to(self.device)
+            (self._rows[number],) = upload([np.flatnonzero(self.owner == number)], self.device)
         return self._rows[number]
 
     def add_low_rank_(self, out: Tensor, x: Tensor, a: Tensor, b: Tensor, planes: Planes) -> None:
