@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cadenza.kernels.decode_work import SPLIT, TILE, DecodeWork
+from cadenza.kernels.decode_work import SPLIT, TILE, DecodeWork, members_per_item
 
 LOOP_BYTES = 16 * 1024
 """Keys and values of one head that a program multiplies at once. Pipelined, two to three times that is on its way."""
@@ -77,7 +77,7 @@ def decode_attention(
     assert q.dtype == keys.dtype == values.dtype
     assert q.stride(2) == keys.stride(3) == values.stride(3) == 1
     assert group * num_kv_heads == num_heads
-    assert size == max(1, TILE // group), "the plan is for another number of heads per group"
+    assert size == members_per_item(group), "the plan is for another number of heads per group"
     assert work.blocks.shape == (num_items, SPLIT // block_size), "the plan is for another size of blocks"
     assert work.positions.shape == (num_rows,)
     assert window is None or window > 0

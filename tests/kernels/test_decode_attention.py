@@ -192,7 +192,7 @@ def test_the_reference_is_the_same_function(name):
 @pytest.mark.parametrize("name", ["small window", "window of a split", "long window", "everything"])
 def test_a_plan_for_a_window_leaves_out_what_is_before_it(name, kernel_device):
     positions, settings = CASES[name]
-    step = step_of(kernel_device, positions, **settings)
+    step = step_of(kernel_device, positions, **settings | {"dtype": torch.float16})
     planned = replace(step, planned_window=settings["window"])
     assert planned.work(window=settings["window"]).num_partials < step.work().num_partials
     assert torch.equal(planned.run(), step.run())
@@ -207,8 +207,11 @@ def test_a_plan_for_a_window_does_for_narrower_ones_only(kernel_device):
             replace(step, planned_window=99, options=options).run()
 
 
+FEW_HEADS = {"kv_heads": 1, "group": 2, "dtype": torch.float16}
+
 SHARING = {
     "forks": ([600, 530, 700, 515], {"prefix": 512}),
+    "float32": ([300, 260, 319], {"prefix": 256, "dtype": torch.float32}),
     "a prompt that ends with a split": ([511, 512, 513], {"prefix": 512}),
     "more forks than an item has members": ([260, 300, 265], {"prefix": 256, "group": 11}),
     "bfloat16": ([300, 260, 319], {"prefix": 256, "dtype": torch.bfloat16}),
@@ -220,7 +223,7 @@ SHARING = {
 @pytest.mark.parametrize("name", SHARING)
 def test_a_row_has_the_same_bits_alone_and_among_rows_that_share_its_keys(name, kernel_device):
     positions, settings = SHARING[name]
-    step = step_of(kernel_device, positions, **{"kv_heads": 1, "group": 2} | settings)
+    step = step_of(kernel_device, positions, **FEW_HEADS | settings)
     work = step.work()
     assert len(work.members) < work.num_partials, "nothing is shared"
     together = step.run()

@@ -1,5 +1,8 @@
 """What the compiled kernels need of a GPU."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -34,3 +37,13 @@ def test_decode_attention(triton_compiler, name, tmp_path):
         kernel.decode_attention(q, keys, values, work, scale=dim**-0.5, sinks=sinks, **options)
 
     triton_compiler.check_needs("decode_attention", name, call, tmp_path)
+
+
+def test_it_fits_beside_others():
+    """Of an SM's shared memory, on sm_86 and 89 too, and of its tensor cores, where they multiply such numbers."""
+    table = json.loads((Path(__file__).parent / "resources" / "decode_attention.json").read_text())
+    assert len(table) == len(CASES) * 2 * 2
+    for row, needs in table.items():
+        assert needs["shared"] <= 99 * 1024
+        assert needs["wide_loads"] > 0
+        assert (needs["tensor_cores"] > 0) == ("bfloat16" in row and "_split_kernel" in row)
