@@ -2,6 +2,10 @@
 
 Both are rotated first, so that outliers do not take the levels away from the rest; see `rotation`. Integers are summed
 exactly, so that a row's result cannot depend on the rows beside it.
+
+On a GPU with Triton up to 64 rows keep their activations in the model's dtype: reading the weight takes the time there,
+and `int8_matmul` does it once, in one launch. More rows are rounded to 8 bits as elsewhere. So there a token's result
+depends on whether its step has more than 64 rows, as it does with cuBLAS's products of floats on how many.
 """
 
 import functools
@@ -11,18 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cadenza.kernels import ops
 from cadenza.kernels.int8_linear import CHUNKED, INT_MM, LEVELS, ONEDNN, Product, int8_linear
 from cadenza.models.quantization.base import Method, QuantizedLinear
-from cadenza.models.quantization.rotation import restore_weight, rotate, rotate_weight
+from cadenza.models.quantization.rotation import block_size, restore_weight, rotate, rotate_weight
 
 MOST_SUMMED = 2**16  # products of a uint8 and an int8 that 32 bits hold
 _AT_ONCE = 2**18  # elements that are quantized or dequantized together: they stay in a core's cache
 
 
-@functools.cache
 def product_for(device: torch.device) -> Product:
-    """The fastest product that is exact on this machine, by a trial with the largest numbers there are."""
-    for product in (ONEDNN if device.type == "cpu" else INT_MM,):
+    """The fastest product that is exact on this machine, by a trial with the largest numbers there are.
+
+    Where Triton runs, one that reads weights row by row, as Triton's does.
+    """
+    return _exact_product(device, device.type == "cpu" and not ops.runs_triton(device))
+
+
+@functools.cache
+def _exact_product(device: torch.device, has_onednn: bool) -> Product:
+    for product in (ONEDNN if has_onednn else INT_MM,):
         if _is_exact(product, device):
             return product
     return CHUNKED
@@ -108,6 +120,9 @@ class ChannelwiseLinear(QuantizedLinear):
 
 
 class Int8Linear(ChannelwiseLinear):
+    _scale: Tensor | None = None
+    """What `int8_matmul` takes, where it runs."""
+
     def dequantized(self, start: int = 0, stop: int | None = None) -> Tensor:
         return restore_weight(self.as_stored(start, stop))
 
@@ -119,8 +134,23 @@ class Int8Linear(ChannelwiseLinear):
         y = torch.cat([F.linear(rotated, self.as_stored(at, at + step)) for at in starts], dim=-1)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
+    def lay_out(self) -> None:
+        if ops.runs_triton(self.qweight.device):
+            self._scale = self.scale / _room(self.in_features)
+        super().lay_out()
+
     def apply_prepared(self, x: Tensor) -> Tensor:
-        y = int8_linear(rotate(x), self._laid_out, self._factor, self.bias, self._product)
+        rotated = rotate(x)
+        if self._scale is not None:
+            from cadenza.kernels.int8_matmul import MOST_ROWS, int8_matmul
+
+            rows = rotated.reshape(-1, self.in_features)
+            if len(rows) <= MOST_ROWS:
+                rows = (rows * _room(self.in_features)).to(x.dtype)
+                weight = self._laid_out[: self.out_features, : self.in_features]
+                y = int8_matmul(rows, weight, self._scale, self.bias)
+                return y.view(*x.shape[:-1], self.out_features)
+        y = int8_linear(rotated, self._laid_out, self._factor, self.bias, self._product)
         return y.to(x.dtype)
 
     @property
@@ -130,4 +160,10 @@ class Int8Linear(ChannelwiseLinear):
             id(INT_MM): "torch int8",
             id(CHUNKED): "float32 products of 8-bit integers",
         }
-        return f"{names[id(self._product)]}, 8-bit activations"
+        product = f"{names[id(self._product)]}, 8-bit activations"
+        return product if self._scale is None else f"Triton int8 up to 64 rows; {product}, above"
+
+
+def _room(width: int) -> float:
+    """About what takes from `rotate` its growth, so that float16 has room: a power of 2, with which nothing rounds."""
+    return 2.0 ** -(block_size(width).bit_length() // 2)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cadenza.kernels.int4_linear import LAYOUTS, cpu_layout
 from cadenza.models.errors import ModelError
+from cadenza.models.quantization import int4
 from cadenza.models.quantization.groups import quantize_groups
 from cadenza.models.quantization.int4 import Int4, Int4Linear, layout_for
 from cadenza.models.quantization.methods import method_named
@@ -252,3 +253,46 @@ def test_keys_tell_layouts_and_group_sizes_apart() -> None:
 def test_a_group_size_that_no_operator_has_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="quantization_group_size 48 is not one of 32, 64, 128"):
         method_named("int4", 48, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "group_size"), [((65, 100), 32), ((192, 576), 64), ((48, 1536), 128)])
+def test_where_triton_runs_the_layer_is_the_product_with_the_dequantized_weight(
+    shape: tuple[int, int],
+    group_size: int,
+    dtype: torch.dtype,
+    kernel_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Few rows, by the kernel, and many, piece by piece; weights laid out piece by piece, in any CPU's layout."""
+    monkeypatch.setattr(int4, "_AT_ONCE", 1)
+    monkeypatch.setattr(int4, "_DEQUANTIZED_AT_ONCE", 1)
+    bias = weights(1, shape[0], seed=3)[0].to(dtype)
+    layer = filled(Int4(group_size, LAYOUTS[1]), weights(*shape), bias).to(kernel_device)
+    assert layer.group_size == group_size
+    layer.dtype = dtype
+    weight = layer.dequantized().double()
+    layer.prepare()
+    assert layer.operator == f"Triton int4, groups of {group_size}, up to 64 rows; torch, dequantized, above"
+    x = torch.randn(5, 14, shape[1], generator=torch.Generator().manual_seed(4)).to(dtype).to(kernel_device)
+    for rows in (x[:1], x[:, 0], x[0, 0], x[0].T.contiguous().T, x, x[:0]):
+        found = layer(rows)
+        expected = rows.double() @ weight.T + bias.double().to(kernel_device)
+        assert found.dtype == dtype
+        assert found.shape == expected.shape
+        magnitude = rows.double().abs() @ weight.abs().T + 1
+        bound = 2e-6 * magnitude
+        if dtype == torch.bfloat16:
+            bound += 2**-7 * expected.abs()
+            if rows.numel() == x.numel():  # many rows: the weight is rounded as well
+                bound += 2**-7 * magnitude
+        assert ((found.double() - expected).abs() <= bound).all()
+
+
+def test_where_triton_runs_a_row_is_the_same_bits_in_any_small_step(kernel_device: torch.device) -> None:
+    layer = filled(Int4(64, LAYOUT), weights(65, 576)).to(kernel_device)
+    layer.prepare()
+    x = torch.randn(64, 576, generator=torch.Generator().manual_seed(10)).bfloat16().to(kernel_device)
+    together = layer(x)
+    for start, stop in ((0, 1), (63, 64), (5, 21), (20, 50)):
+        assert torch.equal(layer(x[start:stop]), together[start:stop])
