@@ -70,6 +70,7 @@ def prefill_attention(
     assert q.stride(2) == keys.stride(3) == values.stride(3) == 1
     assert num_heads % num_kv_heads == 0
     assert window is None or window > 0
+    assert softcap is None or softcap > 0
     assert sinks is None or (sinks.shape == (num_heads,) and sinks.is_contiguous())
     if out is None:
         out = torch.empty(num_rows, num_heads, value_dim, dtype=q.dtype, device=q.device)
