@@ -105,7 +105,7 @@ class ModelRunner:
 
 def backend_of(device: torch.device) -> AttentionBackend:
     if ops.runs_triton(device):
-        from cadenza.decoding import fused_attention
+        import cadenza.decoding.fused_attention as fused_attention
 
         return fused_attention
     return tiled_attention
