@@ -43,7 +43,7 @@ OPTIONS_FLOAT32 = {"num_warps": 8, "num_stages": 5, "enable_fp_fusion": True}
 MOST_KEYS_FLOAT32 = 16
 """Products are not tensor cores': more keys at once spill on sm_90."""
 
-OPTIONS_LONG = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+OPTIONS_LONG = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 """Where the fewest keys, 16, are more than LOOP_BYTES: heads of 512, or of 256 in float32."""
 
 MERGE_BLOCK = 32
