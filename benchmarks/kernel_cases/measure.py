@@ -96,17 +96,25 @@ def _timed(
 
 @contextmanager
 def _at_most(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError in what takes longer, unless it is not Python's to interrupt."""
+    """Raises TimeoutError in what takes longer, unless it is not Python's to interrupt: every second anew, because
+    torch's compilers may take the first for a failure of theirs that they can do without."""
+    is_late = False
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"more than {seconds} s")
+        nonlocal is_late
+        is_late = True
+        raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
+    except Exception as error:
+        if is_late:
+            raise TimeoutError(f"more than {seconds} s") from error
+        raise
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
