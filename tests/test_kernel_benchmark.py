@@ -178,6 +178,35 @@ def test_time_is_quartiles_of_repetitions(parts: dict[str, ModuleType]) -> None:
     assert timer(lambda: None) == (1.5e6, 2e6, 2.5e6, 2e6, 3)
 
 
+class FakeEvent:
+    """Of a GPU on which everything takes two milliseconds."""
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None: ...
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return 2.0
+
+
+def test_repetitions_on_a_gpu_are_bounded(
+    parts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    monkeypatch.setattr(parts["timing"], "FLUSHED_BYTES", 16)
+    calls = []
+    quick = parts["timing"].CudaTimer(torch.device("cpu"), budget=10.0, most=30)
+    spread = quick(lambda: calls.append(1))
+    assert spread[:3] == pytest.approx((2000.0, 2000.0, 2000.0))
+    assert (spread.repetitions, len(slept), len(calls)) == (30, 30, 34)  # with one to compile, three to try
+    assert min(slept) > 0
+    assert parts["timing"].CudaTimer(torch.device("cpu"), budget=0.0, most=30)(lambda: None).repetitions == 5
+
+
 def test_tasks_are_answered(parts: dict[str, ModuleType], kernel_device: torch.device) -> None:
     """As the process does that measures, one after the other."""
     cases = {case.name: case for case in parts["measure"].all_cases(parts["case"].TINY)}
