@@ -41,9 +41,16 @@ _OPTIONS = {
 }
 """By bytes per element of x; warps decide the order of summation, too. Chosen by arithmetic and by what compiles
 without spilling; not measured on a GPU."""
-_REGISTERS = {(2, 32, 64): 232, (2, 32, 128): 232, (4, 16, 32): 208}
-"""By bytes per element of x, rows per program and inputs at a time: where ptxas, left to itself, aims at fewer and
-spills. With 32 rows and groups of 32 it always does."""
+_REGISTERS = {
+    (2, 16, 32): 144,
+    (2, 16, 64): 128,
+    (2, 16, 128): 128,
+    (2, 32, 64): 232,
+    (2, 32, 128): 232,
+    (4, 16, 32): 208,
+}
+"""By bytes per element of x, rows per program and inputs at a time. Left to itself, ptxas aims at fewer here and there,
+and spills; with 32 rows and groups of 32 it always does."""
 _DEQUANTIZED_OUTPUTS = 32
 _DEQUANTIZE_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
@@ -199,20 +206,38 @@ def _scale_and_zero(pair_at, is_there):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _values(  # type: ignore[no-untyped-def]
-    word, part: tl.constexpr, GROUP: tl.constexpr, OUTPUTS: tl.constexpr, dtype: tl.constexpr,
+    word, part: tl.constexpr, PART: tl.constexpr, OUTPUTS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """[GROUP, OUTPUTS] in dtype: 16 + q of the inputs of a chunk's group; word: [16, OUTPUTS] int32."""
-    SLICES: tl.constexpr = GROUP // 32
+    """[PART, OUTPUTS] in dtype: 16 + q of some inputs of a chunk; word: [16, OUTPUTS] int32.
+
+    Joined pair by pair, which compilers see through: numbers stay in the threads that multiply them.
+    """
+    FIRST: tl.constexpr = part * (PART // 32)
+    bits = word.to(tl.uint32, bitcast=True)
+    if PART == 32:  # [c, n, low or high]
+        return tl.reshape(tl.permute(_two(bits, FIRST, dtype), (0, 2, 1)), (PART, OUTPUTS))
+    elif PART == 64:  # [c, n, low or high, j]
+        four = tl.join(_two(bits, FIRST, dtype), _two(bits, FIRST + 1, dtype))
+        return tl.reshape(tl.permute(four, (3, 0, 2, 1)), (PART, OUTPUTS))
+    else:  # [c, n, low or high, j % 2, j // 2]
+        first = tl.join(_two(bits, 0, dtype), _two(bits, 1, dtype))
+        second = tl.join(_two(bits, 2, dtype), _two(bits, 3, dtype))
+        return tl.reshape(tl.permute(tl.join(first, second), (4, 3, 0, 2, 1)), (PART, OUTPUTS))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _two(bits, j: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[16, OUTPUTS, 2] in dtype: 16 + q of the integers j; bits: uint32."""
     # The first four bits of the mantissa are 6 to 9 of a float16, 3 to 6 of a bfloat16.
     START: tl.constexpr = 6 if dtype == tl.float16 else 3
     MASK: tl.constexpr = 0x03C003C0 if dtype == tl.float16 else 0x00780078
     SIXTEEN: tl.constexpr = 0x4C004C00 if dtype == tl.float16 else 0x41804180
-    turn = (((tl.arange(0, SLICES) + part * SLICES) * 4 + (35 - START)) & 31)[:, None, None].to(tl.uint32)
-    bits = word.to(tl.uint32, bitcast=True)[None, :, :]
-    two = ((bits >> turn) | (bits << ((32 - turn) & 31))) & MASK | SIXTEEN
+    TURN: tl.constexpr = (4 * j + 35 - START) % 32
+    if TURN > 0:
+        bits = (bits >> TURN) | (bits << (32 - TURN))
+    two = bits & MASK | SIXTEEN
     if dtype == tl.float32:  # as bfloat16, and that is the upper half of a float32
         low, high = two << 16, two & 0xFFFF0000
     else:
         low, high = (two & 0xFFFF).to(tl.uint16), (two >> 16).to(tl.uint16)
-    pairs = tl.permute(tl.join(low, high), (0, 1, 3, 2))
-    return tl.reshape(pairs, (GROUP, OUTPUTS)).to(dtype, bitcast=True)
+    return tl.join(low, high).to(dtype, bitcast=True)
