@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cadenza.decoding.config import EngineConfig
 from cadenza.decoding.memory_plan import MemoryPlan
+from cadenza.kernels import ops
 from cadenza.models import LoadedModel
 from cadenza.models.linear import PackedLinear, PackedMember
 from cadenza.models.quantization.base import QuantizedLinear
@@ -98,6 +99,7 @@ def describe(
     away = (
         {} if placement is None else {"in CPU memory": placement.cpu_bytes, "on disk": placement.disk_bytes}
     )
+    by_kernels = ops.runs_triton(model.device)
     return EngineDescription(
         model=model.name,
         device=str(model.device),
@@ -112,8 +114,8 @@ def describe(
         memory=memory,
         enable_prefix_caching=config.enable_prefix_caching,
         linear=linear_operators(model.module),
-        attention=_attention(model.module, model.config),
-        sampling="torch, float32",
+        attention="paged, Triton" if by_kernels else _attention(model.module, model.config),
+        sampling="Triton, float32" if by_kernels else "torch, float32",
         drafts=config.speculative,
         timings=dict(model.timings),
     )

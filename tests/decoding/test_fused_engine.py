@@ -15,12 +15,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cadenza.decoding import Engine, EngineConfig
+from cadenza.decoding import Engine, EngineConfig, assembly
 from cadenza.decoding.completion import Completion, collect
 from cadenza.decoding.constraints.spec import ConstraintSpec, constraint_spec
 from cadenza.decoding.request import GenerationRequest, SamplingParams
 from cadenza.decoding.strategies.spec import BeamSearch, ContrastiveSearch, StrategySpec
+from cadenza.kernels.int4_linear import LAYOUTS
 from cadenza.models import LoadConfig, LoadedModel, load_model
+from cadenza.models.quantization.embedding import QuantizedEmbedding
+from cadenza.models.quantization.int4 import Int4
+from cadenza.models.quantization.int8 import Int8
+from cadenza.models.quantization.swap import quantize_modules
 
 pytest.importorskip("triton")
 
@@ -65,8 +70,8 @@ def new_model(like: LoadedModel, device: str = "cpu") -> LoadedModel:
     torch.manual_seed(11)
     config = LlamaConfig(
         vocab_size=1000,
-        hidden_size=48,
-        intermediate_size=80,
+        hidden_size=96,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=6,
         num_key_value_heads=2,
@@ -157,6 +162,37 @@ def assert_same_logprobs(expected: Any, actual: Any) -> None:
     for part in (lambda each: [each.logprob], lambda each: [value for _, value in each.top]):
         for one, two in zip(expected, actual, strict=True):
             np.testing.assert_allclose(part(two), part(one), atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [Int8(), Int4(64, LAYOUTS[0])], ids=["int8", "int4"])
+def test_quantized_layers_multiply_with_the_very_weights_they_hold(
+    method, smollm2, triton_interpreter, monkeypatch
+):
+    """A few rows' activations are not rounded, so that a model of the dequantized weights says the same."""
+    triton_interpreter.skip_where_it_fails()
+    monkeypatch.setattr(assembly, "warm_up", lambda *args: None)
+    model = new_model(smollm2)
+    tensors = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    dense = new_model(smollm2).module
+    for name, replaced in quantize_modules(model.module, method, torch.float32).items():
+        layer = model.module.get_submodule(name)
+        for key, tensor in replaced.quantize(tensors[replaced.weight_name]).items():
+            setattr(layer, key, tensor)
+        is_embedding = isinstance(layer, QuantizedEmbedding)
+        weight = layer(torch.arange(layer.num_embeddings)) if is_embedding else layer.dequantized()
+        dense.get_submodule(name).weight.copy_(weight)
+    sampling = {"temperature": 0.0, "max_tokens": 3, "ignore_eos": True, "logprobs": 0}
+    settings = EngineConfig(max_num_seqs=4, kv_cache_memory_gb=0.02)
+    with triton_interpreter.interpreted(), Engine(model, settings) as engine:
+        assert any("Triton" in operator for operator in engine.description.linear)
+        assert "Triton" in engine.description.attention
+        choice = engine.generate(list(PROMPT[:9]), **sampling).choices[0]
+    tokens = torch.tensor([[*PROMPT[:9], *choice.token_ids]])
+    with torch.inference_mode():
+        logits = dense(input_ids=tokens, use_cache=False).logits[0, 8:-1]
+    assert choice.token_ids == logits.argmax(dim=-1).tolist()
+    expected = logits.log_softmax(-1).amax(dim=-1).tolist()
+    assert [each.logprob for each in choice.logprobs] == pytest.approx(expected, abs=2e-4)
 
 
 @needs_gpu
