@@ -116,6 +116,17 @@ def test_a_draft_from_p_itself_stays_and_verification_sees_what_fell(kernel_devi
     assert verified.is_reached.tolist() == [1, 1, 1, 0, 0, 0]
 
 
+def test_a_draft_stays_where_nothing_could_replace_it(kernel_device):
+    """q is p, and this coin is one of the few that float32 rounds up to 1."""
+    p = torch.randn(1, 20, generator=torch.Generator().manual_seed(4))
+    number = torch.tensor([[6], [0], [7401574]], dtype=torch.int32)
+    seed = torch.tensor([5])
+    coin = philox(seed, (torch.tensor([0]), number[2].long(), torch.tensor([0]), torch.tensor([2])))[0]
+    assert float(coin.float()) == 2.0**32
+    rows = on(kernel_device, p, p, number[0], seed, number[1], number[2])
+    assert rejection(*rows).tolist() == rejection_reference(*rows).tolist() == [6]
+
+
 def test_what_is_no_distribution_is_said(kernel_device):
     p, q = torch.zeros(2, 6, 50).unbind()
     p[0, 7], p[1, 7], p[2] = torch.nan, torch.inf, -torch.inf
