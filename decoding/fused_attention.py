@@ -40,21 +40,22 @@ class FusedBatch:
 
     def attend(self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = self.cache.keys[call.layer], self.cache.values[call.layer]
+        query, key, value = (part.to(keys.dtype) for part in (query, key, value))  # some rotate in float32
         write_kv(keys, values, self.slots, key, value)
-        decode, prompts = query[: self.num_decode_rows], query[self.num_decode_rows :]
         options: dict[str, Any] = {
             "scale": call.scale,
             "window": call.window,
             "softcap": call.softcap,
             "sinks": call.sinks,
         }
-        parts = []
-        if len(decode):
-            work = self.decode[query.shape[1] // key.shape[1]]
-            parts.append(decode_attention(decode, keys, values, work, **options))
-        if len(prompts):
-            parts.append(prefill_attention(prompts, keys, values, self.prefill, **options))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        num_heads, first = query.shape[1], self.num_decode_rows
+        out = torch.empty(len(query), num_heads, value.shape[2], dtype=query.dtype, device=query.device)
+        if first:
+            work = self.decode[num_heads // key.shape[1]]
+            decode_attention(query[:first], keys, values, work, **options, out=out[:first])
+        if first < len(query):
+            prefill_attention(query[first:], keys, values, self.prefill, **options, out=out[first:])
+        return out
 
 
 def step_inputs(rows: PackedRows, kept: Sequence[int], cache: KVCache, device: torch.device) -> StepInputs:

@@ -61,8 +61,10 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """[R, H, Dv] contiguous, of q's dtype: softmax(q kᵀ · scale) v over the keys that each row sees.
+    """[R, H, Dv] contiguous, of q's dtype, or `out`, which is so: softmax(q kᵀ · scale) v over the keys that each row
+    sees.
 
     q: [R, H, D], rows and heads at any distance. keys: [num_blocks, block_size, Hkv, D], values: [.., Dv], both of q's
     dtype, float32, bfloat16 or float16, at any distances but the last. window: a row sees the positions above its own
@@ -83,7 +85,10 @@ def decode_attention(
     assert window is None or window > 0
     assert work.window is None or (window is not None and window <= work.window)
     assert sinks is None or (sinks.shape == (num_heads,) and sinks.is_contiguous())
-    out = torch.empty(num_rows, num_heads, value_dim, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(num_rows, num_heads, value_dim, dtype=q.dtype, device=q.device)
+    assert out.shape == (num_rows, num_heads, value_dim)
+    assert out.is_contiguous()
     if num_rows == 0:
         return out
     partials = torch.empty(work.num_partials, num_heads, value_dim, dtype=torch.float32, device=q.device)
@@ -119,6 +124,7 @@ def decode_attention_reference(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`decode_attention` in plain torch, in the dtype of its arguments (float64 for a truth)."""
     num_rows, num_heads, _ = q.shape
@@ -143,7 +149,8 @@ def decode_attention_reference(
         scores = torch.cat((scores, sink), dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : len(key)]
     weights = weights.masked_fill(position[:, :, None, None] < 0, 0.0)
-    return torch.einsum("rkgn,rnkd->rkgd", weights, v).reshape(num_rows, num_heads, values.shape[3])
+    result = torch.einsum("rkgn,rnkd->rkgd", weights, v).reshape(num_rows, num_heads, values.shape[3])
+    return result if out is None else out.copy_(result)
 
 
 def decode_attention_bytes(q: Tensor, keys: Tensor, values: Tensor, work: DecodeWork) -> int:

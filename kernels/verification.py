@@ -11,8 +11,8 @@ a function of (seed, branch, position) alone (`kernels.noise`), so row i's choic
 that would have been drawn there without drafts: the answer is the same token by token, greedy or sampled, given the
 same logits, whatever was drafted. A draft x that does not depend on this noise, such as an n-gram's, is accepted with
 probability p(x): for a draft without a distribution (q(x) = 1) that is min(1, p(x) / q(x)), the rate of speculative
-sampling (Leviathan et al. 2023; Chen et al. 2023), of which no scheme can have a higher one. Drafts that are
-themselves drawn from a q are accepted with probability Σ p q here, below the Σ min(p, q) of rejection sampling.
+sampling (Leviathan et al. 2023; Chen et al. 2023), of which no scheme can have a higher one. A draft model that draws
+with this very noise (Gumbel coupling) draws what the model will draw, as far as the two agree.
 
 Knows nothing of logits, of who drafts, of stopping, or of what is done with the KV of drafts that fall. Imports Triton,
 which only Linux has: import it where there is a GPU.

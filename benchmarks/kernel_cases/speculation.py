@@ -1,11 +1,10 @@
-"""Cases of speculative decoding: verification of what was sampled, and rejection sampling of drafts that were drawn."""
+"""Cases of speculative decoding: verification of what was sampled."""
 
 from collections.abc import Iterator
 from functools import partial
 
 import torch
-from kernel_cases.case import Case, Sizes, Work, column, integers, pairs, randn, rows_of
-from kernel_cases.sampling import random_logits
+from kernel_cases.case import Case, Sizes, Work, integers, rows_of
 from torch import Tensor
 
 
@@ -15,12 +14,6 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         "verification",
         f"{rows_of(count)} of {sizes.drafts} drafts",
         partial(_verification, sizes, count),
-        is_compiled=True,
-    )
-    yield Case(
-        "rejection",
-        rows_of(count),
-        partial(_rejection, sizes, count),
         is_compiled=True,
     )
 
@@ -45,28 +38,4 @@ def _verification(sizes: Sizes, count: int, device: torch.device) -> Work:
         reference=lambda: verify_reference(tokens, drafts, starts),
         check=check,
         num_bytes=verify_bytes(len(tokens), count),
-    )
-
-
-def _rejection(sizes: Sizes, count: int, device: torch.device) -> Work:
-    """Drafts are drawn from logits that are near the model's: most stay."""
-    from cadenza.kernels.rejection import rejection, rejection_bytes, rejection_reference
-
-    p = random_logits(sizes, count, device)
-    q = p + randn(*p.shape, seed=1, device=device, dtype=sizes.dtype, scale=0.5)
-    probs = q.float().softmax(dim=-1)
-    drawn = torch.multinomial(probs, 1, generator=torch.Generator(device).manual_seed(2))
-    rows = (
-        drawn[:, 0].int(),
-        column(range(7, 7 + count), count, torch.int64, device),
-        column(0, count, torch.int32, device),
-        column(11, count, torch.int32, device),
-    )
-    true = rejection_reference(p, q, *rows)
-    return Work(
-        kernel=lambda: rejection(p, q, *rows),
-        reference=lambda: rejection_reference(p, q, *rows),
-        check=lambda: pairs(rejection(p, q, *rows), true),
-        num_bytes=rejection_bytes(count, sizes.vocabulary, int((true != rows[0]).sum()), sizes.dtype),
-        num_ties=count // 100,
     )

@@ -98,7 +98,6 @@ SWEEPS = {
     ],
     "int8_matmul": [Sweep("int8_matmul", "_OPTIONS", 2)],
     "int4_matmul": [Sweep("int4_matmul", "_OPTIONS", 2)],
-    "rejection": [Sweep("rejection", "BLOCK", candidates=numbers), Sweep("rejection", "OPTIONS")],
     "verification": [
         Sweep("verification", "BLOCK", candidates=numbers),
         Sweep("verification", "OPTIONS"),

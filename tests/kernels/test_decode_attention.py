@@ -267,6 +267,19 @@ def test_it_reads_views_and_nothing_around_them(kernel_device):
     assert torch.equal(replace(step, q=q, keys=keys, values=values).run(), expected)
 
 
+def test_the_result_may_have_its_place(kernel_device, triton_interpreter):
+    """The first rows of a larger tensor, whose others are left."""
+    step = step_of(kernel_device, [17, 40], dim=80, group=2)
+    expected = step.run()
+    place = triton_interpreter.poisoned(5, *expected.shape[1:], device=str(kernel_device))
+    result = kernel.decode_attention(
+        step.q, step.keys, step.values, step.work(), **step.options, out=place[:2]
+    )
+    assert result.data_ptr() == place.data_ptr()
+    assert torch.equal(place[:2].cpu(), expected)
+    assert place[2:].isnan().all()
+
+
 def test_addresses_may_be_beyond_32_bits(triton_interpreter):
     """A cache of 8 GiB, of which the system brings what is written: the last block's slots."""
     triton_interpreter.skip_where_it_fails()
