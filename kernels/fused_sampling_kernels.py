@@ -25,17 +25,16 @@ from cadenza.kernels.fused_sampling_tiles import (
     INFINITY,
     LOG2_E,
     NO_TOKEN,
+    QUARTER,
     allowed_quarters,
     best_of_block,
     bounded_temperature,
+    cut_quarters,
     first_place,
     largest_or_infinity,
     load_quarters,
-    load_tile,
-    masked_tile,
     noisy_score,
     raw_statistics,
-    token_ids,
     word_of,
 )
 
@@ -233,7 +232,7 @@ def _filtered(  # type: ignore[no-untyped-def]
             is_searching = is_scanned
         else:
             count, mass, above, below = _scan(
-                *(probe, largest, inverse, raw, logits_size, own, edited_size, is_edited),
+                *(probe, is_nested, largest, inverse, raw, logits_size, own, edited_size, is_edited),
                 *(bitmask, mask_row, mask_stride, num_words, num_tokens, maxima, NUM_BLOCKS, RAGGED),
             )
             if is_new:
@@ -273,22 +272,19 @@ def _draw_above(  # type: ignore[no-untyped-def]
     token = -1
     value = -INFINITY
     best_score = -INFINITY
-    for block in range(0, NUM_BLOCKS):
-        block_largest = tl.load(maxima + block)
+    for number in range(0, NUM_BLOCKS):
+        block_largest = tl.load(maxima + number)
+        block = _in_this_turn(number, block_largest)
         if (block_largest > bound) & ((block_largest - largest) * inverse >= least_score):
-            start = block * BLOCK
-            if is_edited:
-                x0, x1, x2, x3 = load_quarters(own, start, edited_size, RAGGED)
-            else:
-                x0, x1, x2, x3 = load_quarters(raw, start, logits_size, RAGGED)
-            x0, x1, x2, x3 = allowed_quarters(
-                x0, x1, x2, x3, bitmask, mask_row, mask_stride, num_words, start, num_tokens
+            x0, x1, x2, x3 = _load_block(
+                *(block * BLOCK, raw, logits_size, own, edited_size, is_edited),
+                *(bitmask, mask_row, mask_stride, num_words, num_tokens, RAGGED),
             )
             x0 = tl.where((x0 > bound) & ((x0 - largest) * inverse >= least_score), x0, -INFINITY)
             x1 = tl.where((x1 > bound) & ((x1 - largest) * inverse >= least_score), x1, -INFINITY)
             x2 = tl.where((x2 > bound) & ((x2 - largest) * inverse >= least_score), x2, -INFINITY)
             x3 = tl.where((x3 > bound) & ((x3 - largest) * inverse >= least_score), x3, -INFINITY)
-            found = start + best_of_block(
+            found = block * BLOCK + best_of_block(
                 *(x0, x1, x2, x3, block_largest, inverse, seed, branch, position, block, raw, own, is_edited)
             )
             if is_edited:
@@ -305,44 +301,77 @@ def _draw_above(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _scan(  # type: ignore[no-untyped-def]
-    probe, largest, inverse, raw, logits_size, own, edited_size, is_edited,
+    probe, is_nested, largest, inverse, raw, logits_size, own, edited_size, is_edited,
     bitmask, mask_row, mask_stride, num_words, num_tokens, maxima, NUM_BLOCKS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """(count, mass, smallest) of the logits above `probe`, and the largest of the others in the blocks that are read:
-    those whose maximum is above it."""
-    counts = tl.zeros((BLOCK // GROUP, GROUP), tl.int32)
-    masses = tl.zeros((BLOCK // GROUP, GROUP), tl.float32)
-    above = tl.full((BLOCK // GROUP, GROUP), INFINITY, tl.float32)
-    below = tl.full((BLOCK // GROUP, GROUP), -INFINITY, tl.float32)
-    for block in range(0, NUM_BLOCKS):
-        if tl.load(maxima + block) > probe:
-            start = block * BLOCK
-            if is_edited:
-                x = load_tile(own, start, edited_size, BLOCK, RAGGED)
-            else:
-                x = load_tile(raw, start, logits_size, BLOCK, RAGGED)
-            if start + BLOCK > num_tokens:
-                x = tl.where(token_ids(start, BLOCK) < num_tokens, x, -INFINITY)
-            if mask_row >= 0:
-                x = masked_tile(x, bitmask + mask_row.to(tl.int64) * mask_stride, num_words, start, BLOCK)
-            is_above = x > probe
-            counts += is_above.to(tl.int32)
-            masses += tl.where(is_above, tl.exp2((x - largest) * (inverse * LOG2_E)), 0.0)
-            above = tl.minimum(above, tl.where(is_above, x, INFINITY))
-            below = tl.maximum(below, tl.where(is_above, -INFINITY, x))
-    return tl.sum(counts), tl.sum(masses), tl.min(above), tl.max(below)
+    """(count, mass) of the logits above `probe`. And where it is_nested, the smallest of them, and the largest of the
+    others in the blocks that are read: those whose maximum is above it."""
+    counts = tl.zeros((QUARTER // GROUP, GROUP), tl.int32)
+    masses = tl.zeros((QUARTER // GROUP, GROUP), tl.float32)
+    above = INFINITY
+    below = -INFINITY
+    for number in range(0, NUM_BLOCKS):
+        block_largest = tl.load(maxima + number)
+        block = _in_this_turn(number, block_largest)
+        if block_largest > probe:
+            x0, x1, x2, x3 = _load_block(
+                *(block * BLOCK, raw, logits_size, own, edited_size, is_edited),
+                *(bitmask, mask_row, mask_stride, num_words, num_tokens, RAGGED),
+            )
+            counts += _count(x0, x1, x2, x3, probe)
+            scale = inverse * LOG2_E
+            masses += tl.where(x0 > probe, tl.exp2((x0 - largest) * scale), 0.0)
+            masses += tl.where(x1 > probe, tl.exp2((x1 - largest) * scale), 0.0)
+            masses += tl.where(x2 > probe, tl.exp2((x2 - largest) * scale), 0.0)
+            masses += tl.where(x3 > probe, tl.exp2((x3 - largest) * scale), 0.0)
+            if is_nested:
+                low = tl.minimum(tl.where(x0 > probe, x0, INFINITY), tl.where(x1 > probe, x1, INFINITY))
+                low = tl.minimum(low, tl.where(x2 > probe, x2, INFINITY))
+                above = tl.minimum(above, tl.min(tl.minimum(low, tl.where(x3 > probe, x3, INFINITY))))
+                high = tl.maximum(tl.where(x0 > probe, -INFINITY, x0), tl.where(x1 > probe, -INFINITY, x1))
+                high = tl.maximum(high, tl.where(x2 > probe, -INFINITY, x2))
+                below = tl.maximum(below, tl.max(tl.maximum(high, tl.where(x3 > probe, -INFINITY, x3))))
+    return tl.sum(counts), tl.sum(masses), above, below
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_block(  # type: ignore[no-untyped-def]
+    start, raw, logits_size, own, edited_size, is_edited,
+    bitmask, mask_row, mask_stride, num_words, num_tokens, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """What the choice is made from, as four tiles."""
+    if is_edited:
+        x0, x1, x2, x3 = load_quarters(own, start, edited_size, RAGGED)
+    else:
+        x0, x1, x2, x3 = load_quarters(raw, start, logits_size, RAGGED)
+    return allowed_quarters(x0, x1, x2, x3, bitmask, mask_row, mask_stride, num_words, start, num_tokens)
+
+
+@triton.jit
+def _in_this_turn(number, value):  # type: ignore[no-untyped-def]
+    """The number: `value` is no NaN, which the compiler does not know. So it does not compute places of tokens once for
+    all turns of a loop, which would take half of all registers."""
+    return number + (value != value).to(tl.int32)
+
+
+@triton.jit
+def _count(x0, x1, x2, x3, probe):  # type: ignore[no-untyped-def]
+    low = (x0 > probe).to(tl.int32) + (x1 > probe).to(tl.int32)
+    return low + (x2 > probe).to(tl.int32) + (x3 > probe).to(tl.int32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rank(  # type: ignore[no-untyped-def]
     value, raw, logits_size, num_columns, raw_maxima, NUM_BLOCKS: tl.constexpr, RAGGED: tl.constexpr
 ):  # fmt: skip
-    counts = tl.zeros((BLOCK // GROUP, GROUP), tl.int32)
-    for block in range(0, NUM_BLOCKS):
-        if tl.load(raw_maxima + block) > value:
-            start = block * BLOCK
-            x = load_tile(raw, start, logits_size, BLOCK, RAGGED)
-            counts += ((x > value) & (token_ids(start, BLOCK) < num_columns)).to(tl.int32)
+    counts = tl.zeros((QUARTER // GROUP, GROUP), tl.int32)
+    for number in range(0, NUM_BLOCKS):
+        block_largest = tl.load(raw_maxima + number)
+        start = _in_this_turn(number, block_largest) * BLOCK
+        if block_largest > value:
+            x0, x1, x2, x3 = load_quarters(raw, start, logits_size, RAGGED)
+            x0, x1, x2, x3 = cut_quarters(x0, x1, x2, x3, start, num_columns)
+            counts += _count(x0, x1, x2, x3, value)
     return 1 + tl.sum(counts)
 
 

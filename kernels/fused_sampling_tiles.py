@@ -89,7 +89,7 @@ def _race(word, x, largest, scale):  # type: ignore[no-untyped-def]
 @triton.jit
 def raw_statistics(x0, x1, x2, x3, start, num_columns):  # type: ignore[no-untyped-def]
     """(maximum, sum of exp(x - maximum)) of a block's first columns. NaN makes the sum NaN, and no maximum."""
-    x0, x1, x2, x3 = _cut_quarters(x0, x1, x2, x3, start, num_columns)
+    x0, x1, x2, x3 = cut_quarters(x0, x1, x2, x3, start, num_columns)
     top = tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3))
     largest = tl.max(tl.where(top == top, top, -INFINITY))
     base = tl.where(largest == -INFINITY, 0.0, largest)
@@ -149,7 +149,7 @@ def token_ids(start, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
 def allowed_quarters(  # type: ignore[no-untyped-def]
     x0, x1, x2, x3, bitmask, mask_row, mask_stride, num_words, start, num_tokens
 ):  # fmt: skip
-    x0, x1, x2, x3 = _cut_quarters(x0, x1, x2, x3, start, num_tokens)
+    x0, x1, x2, x3 = cut_quarters(x0, x1, x2, x3, start, num_tokens)
     if mask_row >= 0:
         words = bitmask + mask_row.to(tl.int64) * mask_stride
         x0 = masked_tile(x0, words, num_words, start, QUARTER)
@@ -160,7 +160,7 @@ def allowed_quarters(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _cut_quarters(x0, x1, x2, x3, start, size):  # type: ignore[no-untyped-def]
+def cut_quarters(x0, x1, x2, x3, start, size):  # type: ignore[no-untyped-def]
     """-inf from token `size` on: compared only in the blocks where it ends."""
     if start + 4 * QUARTER > size:
         x0 = tl.where(token_ids(start, QUARTER) < size, x0, -INFINITY)

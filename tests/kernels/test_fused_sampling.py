@@ -156,7 +156,7 @@ def test_rows_of_all_kinds(size, dtype, kernel_device):
     """Ties, in 16 bit; masks, some of fewer bits than there are tokens; edited rows; rows with vocabularies of their
     own; and one that the model's log-softmax is over."""
     rng = np.random.default_rng(size)
-    count = 14
+    count = 12
     settings = mixed(count, rng, num_tokens=[size, size, size - 7], num_columns=[size, size - 3, size - 20])
     for n, each in enumerate(settings):
         each["mask_row"] = n // 2 if n % 2 else -1
@@ -193,16 +193,14 @@ def test_each_filter_by_itself(setting, kernel_device):
 
 
 def test_a_vocabulary_of_128256(kernel_device):
-    """As it is served: bfloat16, one row greedy, one with top-k and top-p."""
-    logits = random_logits(2, 128256, kernel_device, torch.bfloat16)
-    settings = [{"temperature": 0.0}, {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "logits_row": 1}]
-    check(logits, rows_of(settings, 128256, kernel_device))
+    logits = random_logits(1, 128256, kernel_device, torch.bfloat16)
+    check(logits, rows_of([{"temperature": 0.9, "top_p": 0.9}], 128256, kernel_device))
 
 
 @pytest.mark.parametrize("size", [49152, 50257])
 def test_large_vocabularies(size, kernel_device):
     logits = random_logits(1, size, kernel_device, torch.bfloat16)
-    check(logits, rows_of([{"top_p": 0.8}], size, kernel_device), wants_logprobs=False)
+    check(logits, rows_of([{"top_k": 50, "top_p": 0.9}], size, kernel_device), wants_logprobs=False)
 
 
 def poisoned_empty(poisoned: Any) -> Any:
@@ -255,10 +253,10 @@ def test_forks_share_a_row_of_logits(kernel_device):
 
 def test_a_row_is_the_same_bits_alone_and_in_any_company(kernel_device):
     size = 4200
-    rows = rows_of(mixed(7, np.random.default_rng(8)), size, kernel_device)
-    logits = random_logits(7, size, kernel_device, torch.bfloat16, spread=1.0)
+    rows = rows_of(mixed(6, np.random.default_rng(8)), size, kernel_device)
+    logits = random_logits(6, size, kernel_device, torch.bfloat16, spread=1.0)
     together = fused_sampling(logits, None, None, rows, wants_logprobs=True)
-    for kept in ([6, 3, 0, 5], [4]):
+    for kept in ([5, 3, 0], [4]):
         part = fused_sampling(logits, None, None, picked(rows, kept), wants_logprobs=True)
         for item in fields(FusedDraws):
             assert torch.equal(getattr(part, item.name), getattr(together, item.name)[kept]), item.name
