@@ -9,18 +9,27 @@ from cadenza.decoding.logits import LogitsPipeline
 from cadenza.decoding.request import SamplingParams
 from cadenza.decoding.row import Candidates, Row
 
-_NUM_LISTED = 5
-_NUM_BEAMS = 4
+_MOST_LISTED = 20
+"""Alternatives that OpenAI's API allows."""
+_NUM_CANDIDATES = 8
+"""Of four beams."""
 
 
 def warm_up(pipeline: LogitsPipeline, num_columns: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Chooses from zeros, once in each of the ways that kernels are specialized for. num_columns: of the logits."""
+    """Chooses from zeros in the ways that requests commonly ask for. Kernels of others (wider searches) are compiled
+    when they come. num_columns: of the logits."""
     logits = torch.zeros(1, num_columns, dtype=dtype, device=device)
     bitmask = torch.full((1, -(-num_columns // 32)), -1, dtype=torch.int32)
     greedy, drawn = SamplingParams(temperature=0.0), SamplingParams(top_p=0.9)
-    pipeline(logits, [_row(greedy)], None)
-    pipeline(logits, [_row(drawn, mask=0, banned=[0]), _row(drawn, num_logprobs=_NUM_LISTED)], bitmask)
-    pipeline(logits, [_row(greedy, candidates=Candidates(2 * _NUM_BEAMS, normalized=False))], None)
+    beam = Candidates(_NUM_CANDIDATES, normalized=False)
+    for rows in (
+        [_row(greedy)],
+        [_row(drawn, mask=0, banned=[0]), _row(drawn, num_logprobs=1)],
+        [_row(drawn, num_logprobs=_MOST_LISTED)],
+        [_row(greedy, candidates=beam)],
+        [_row(greedy, candidates=beam, mask=0)],
+    ):
+        pipeline(logits, rows, bitmask if rows[0].mask is not None else None)
 
 
 def _row(
