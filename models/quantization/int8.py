@@ -4,7 +4,7 @@ Both are rotated first, so that outliers do not take the levels away from the re
 exactly, so that a row's result cannot depend on the rows beside it.
 
 On a GPU with Triton up to 64 rows keep their activations in the model's dtype: reading the weight takes the time there,
-and `int8_matmul` does it once, in one launch. More rows are rounded to 8 bits as elsewhere. So there a token's result
+and `int8_matmul` does it once. More rows are rounded to 8 bits as elsewhere. So there a token's result
 depends on whether its step has more than 64 rows, as it does with cuBLAS's products of floats on how many.
 """
 
@@ -140,17 +140,15 @@ class Int8Linear(ChannelwiseLinear):
         super().lay_out()
 
     def apply_prepared(self, x: Tensor) -> Tensor:
-        rotated = rotate(x)
         if self._scale is not None:
             from cadenza.kernels.int8_matmul import MOST_ROWS, int8_matmul
 
-            rows = rotated.reshape(-1, self.in_features)
+            rows = x.reshape(-1, self.in_features)
             if len(rows) <= MOST_ROWS:
-                rows = (rows * _room(self.in_features)).to(x.dtype)
                 weight = self._laid_out[: self.out_features, : self.in_features]
-                y = int8_matmul(rows, weight, self._scale, self.bias)
+                y = int8_matmul(_rotate_in_triton(rows), weight, self._scale, self.bias)
                 return y.view(*x.shape[:-1], self.out_features)
-        y = int8_linear(rotated, self._laid_out, self._factor, self.bias, self._product)
+        y = int8_linear(rotate(x), self._laid_out, self._factor, self.bias, self._product)
         return y.to(x.dtype)
 
     @property
@@ -162,6 +160,16 @@ class Int8Linear(ChannelwiseLinear):
         }
         product = f"{names[id(self._product)]}, 8-bit activations"
         return product if self._scale is None else f"Triton int8 up to 64 rows; {product}, above"
+
+
+def _rotate_in_triton(rows: Tensor) -> Tensor:
+    """[r, k] → [r, k] in the rows' dtype: `rotate` without its growth, rounded once."""
+    from cadenza.kernels.hadamard import SIZES, rotate_blocks
+
+    width = rows.shape[1]
+    if block_size(width) in SIZES:
+        return rotate_blocks(rows.contiguous(), block_size(width), _room(width))
+    return (rotate(rows) * _room(width)).to(rows.dtype)
 
 
 def _room(width: int) -> float:
