@@ -42,7 +42,8 @@ def rotate_blocks_reference(x: Tensor, size: int, factor: float) -> Tensor:
     matrix = torch.ones(1, 1, dtype=x.dtype, device=x.device)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return (x.unflatten(-1, (-1, size)) @ matrix).flatten(-2) * factor
+    y: Tensor = (x.unflatten(-1, (-1, size)) @ matrix).flatten(-2) * factor
+    return y
 
 
 def rotate_blocks_bytes(x: Tensor) -> int:
