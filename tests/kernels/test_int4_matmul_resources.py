@@ -62,6 +62,11 @@ def test_all_heights_use_the_same_instructions_in_the_same_order(triton_compiler
         assert (arguments["PART"], arguments["OUTPUTS"], arguments["per_split"]) == (128, 128, 4)
         code = triton_compiler.compiled(launches[0], 90).asm
         assert "wgmma" not in code["ptx"]
+        loop = code["ttgir"][code["ttgir"].index("scf.for") :]
+        loop = loop[: loop.index("scf.yield")]
+        assert "async_copy_global_to_local" in loop
+        assert "tt.load" not in loop  # all that is read is fetched ahead,
+        assert "convert_layout" not in loop  # and no number changes threads
         products = code["ptx"].count("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
         assert products == code["ptx"].count("mma.sync")
         found[arguments["ROWS"]] = products // arguments["ROWS"], layouts_of_sums(code["ttgir"])
