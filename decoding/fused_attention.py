@@ -24,6 +24,8 @@ from cadenza.kernels.prefill_attention import prefill_attention
 from cadenza.kernels.prefill_work import PrefillWork, plan_prefill
 from cadenza.kernels.upload import upload
 
+order = None
+
 
 @dataclass(frozen=True, slots=True)
 class FusedBatch:
