@@ -272,7 +272,7 @@ def _draw_above(  # type: ignore[no-untyped-def]
     token = -1
     value = -INFINITY
     best_score = -INFINITY
-    for number in range(0, NUM_BLOCKS):
+    for number in tl.range(0, NUM_BLOCKS, disable_licm=True):
         block_largest = tl.load(maxima + number)
         block = _in_this_turn(number, block_largest)
         if (block_largest > bound) & ((block_largest - largest) * inverse >= least_score):
@@ -310,7 +310,7 @@ def _scan(  # type: ignore[no-untyped-def]
     masses = tl.zeros((QUARTER // GROUP, GROUP), tl.float32)
     above = INFINITY
     below = -INFINITY
-    for number in range(0, NUM_BLOCKS):
+    for number in tl.range(0, NUM_BLOCKS, disable_licm=True):
         block_largest = tl.load(maxima + number)
         block = _in_this_turn(number, block_largest)
         if block_largest > probe:
@@ -350,7 +350,7 @@ def _load_block(  # type: ignore[no-untyped-def]
 @triton.jit
 def _in_this_turn(number, value):  # type: ignore[no-untyped-def]
     """The number: `value` is no NaN, which the compiler does not know. So it does not compute places of tokens once for
-    all turns of a loop, which would take half of all registers."""
+    all turns of a loop, which would take half of all registers; nor may it by `disable_licm`."""
     return number + (value != value).to(tl.int32)
 
 
@@ -365,7 +365,7 @@ def _rank(  # type: ignore[no-untyped-def]
     value, raw, logits_size, num_columns, raw_maxima, NUM_BLOCKS: tl.constexpr, RAGGED: tl.constexpr
 ):  # fmt: skip
     counts = tl.zeros((QUARTER // GROUP, GROUP), tl.int32)
-    for number in range(0, NUM_BLOCKS):
+    for number in tl.range(0, NUM_BLOCKS, disable_licm=True):
         block_largest = tl.load(raw_maxima + number)
         start = _in_this_turn(number, block_largest) * BLOCK
         if block_largest > value:
