@@ -25,6 +25,7 @@ from cadenza.kernels.prefill_work import PrefillWork, plan_prefill
 from cadenza.kernels.upload import upload
 
 order = None
+"""Decode rows stay as they come: `tiled_attention` sorts them by length, and whoever packs rows asks either."""
 
 
 @dataclass(frozen=True, slots=True)
