@@ -38,12 +38,19 @@ from cadenza.kernels.fused_sampling_tiles import (
     word_of,
 )
 
+_OF_ROWS = [
+    *("bitmask", "mask_stride", "num_words", "logits_rows", "edited_rows", "mask_rows"),
+    *("nums_tokens", "nums_columns"),
+    *("temperatures", "top_ps", "seeds", "branches", "positions"),
+    *("maxima", "masses", "best", "raw_maxima", "raw_masses"),
+]
+"""Read number by number, and perhaps parts of larger tensors: where they lie in memory must compile nothing anew."""
 _SMALLEST_SHARE: tl.constexpr = tl.constexpr(2.0**-100)
 _REACH: tl.constexpr = tl.constexpr(40.0)
 """exp(-40) of a vocabulary of 2^31 is below the rounding of the mass of the most likely token."""
 
 
-@triton.jit(do_not_specialize=["mask_stride", "num_words"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_OF_ROWS)  # type: ignore[untyped-decorator]
 def _blocks_kernel(  # type: ignore[no-untyped-def]
     logits, logits_stride, logits_size, edited, edited_stride, edited_size, bitmask, mask_stride, num_words,
     logits_rows, edited_rows, mask_rows, nums_tokens, nums_columns, temperatures, top_ps, seeds, branches, positions,
@@ -107,7 +114,7 @@ def _blocks_kernel(  # type: ignore[no-untyped-def]
     tl.store(best + out, start + token)
 
 
-@triton.jit(do_not_specialize=["mask_stride", "num_words"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=[*_OF_ROWS, "top_ks", "min_ps", "tokens", "statuses", "logprobs", "ranks"])  # type: ignore[untyped-decorator]
 def _choose_kernel(  # type: ignore[no-untyped-def]
     logits, logits_stride, logits_size, edited, edited_stride, edited_size, bitmask, mask_stride, num_words,
     logits_rows, edited_rows, mask_rows, nums_tokens, nums_columns, temperatures, top_ks, top_ps, min_ps,

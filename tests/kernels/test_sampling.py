@@ -139,6 +139,41 @@ def truncated_probs(logits: Tensor, settings: dict[str, float]) -> Tensor:
     return left.double().softmax(-1)
 
 
+TIED: dict[str, dict[str, float]] = {
+    "top-k": {"top_k": 7},
+    "top-k that ends with a group": {"top_k": 9},
+    "top-p": {"top_p": 0.4},
+    "top-k, top-p": {"top_k": 100, "top_p": 0.7},
+    "top-k, min-p": {"top_k": 30, "min_p": 0.3},
+    "min-p": {"min_p": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("width", [9, 300])
+def test_equal_tokens_stay_or_go_together(width: int, name: str):
+    """Groups of `width` tokens of the same logit: more than the candidates that are tried first, with 300. What is
+    kept is what the definition says, group by group."""
+    settings = OFF | TIED[name]
+    levels = torch.tensor([2.0, 1.7, 1.0, 0.5, 0.0, -1.0, -3.0])
+    logits = levels.repeat_interleave(width)[
+        torch.randperm(7 * width, generator=torch.Generator().manual_seed(2))
+    ]
+    masses = width * (levels.double() - 2.0).exp()
+    num_above = torch.arange(7) * width
+    is_kept = num_above < (settings["top_k"] or 7 * width)
+    is_kept &= (masses.cumsum(0) - masses < settings["top_p"] * masses[is_kept].sum()) | (
+        settings["top_p"] == 1
+    )
+    is_kept &= (levels.double() - 2.0).exp() >= settings["min_p"]
+    expected = set(levels[is_kept].tolist())
+    assert 1 <= len(expected) < 7
+    ((_, candidates, values),) = truncate(logits[None], rows_of(1, settings), torch.tensor([True]))
+    kept = candidates[0][values[0] > -torch.inf]
+    assert len(kept) == len(expected) * width
+    assert set(logits[kept].tolist()) == expected
+
+
 def draw(logits: Tensor, settings: dict[str, float], count: int, *, seed: int = 0) -> Tensor:
     """`count` draws, in pieces that fit a processor's cache."""
     rows = rows_of(count, settings, seed=seed)
