@@ -112,7 +112,7 @@ class FusedLogitsPipeline(LogitsPipeline):
             _ints(self._num_tokens(row, num_columns) for row in rows),
             _ints(self._num_scored(row, num_columns) for row in rows),
             _floats(each.temperature for each in params),
-            _ints(max(each.top_k, 0) for each in params),
+            _ints(min(max(each.top_k, 0), num_columns) for each in params),  # however large, it is an int32
             _floats(each.top_p for each in params),
             _floats(each.min_p for each in params),
             np.array([as_signed(row.seed) for row in rows], np.int64),
@@ -150,8 +150,9 @@ class _Masks:
     """The step's bitmask, and rows of it for requests that list the tokens they allow."""
 
     def __init__(self, bitmask: Tensor | None, num_columns: int) -> None:
-        self._step = None if bitmask is None else bitmask.numpy()
-        self._width = -(-num_columns // _WORD_BITS) if bitmask is None else bitmask.shape[1]
+        self._width = -(-num_columns // _WORD_BITS)
+        """Also where the step's has fewer words: a list may allow tokens that an adapter adds."""
+        self._step = None if bitmask is None else _as_wide(bitmask.numpy(), self._width)
         self._own: list[NDArray[np.int32]] = []
 
     def row_for(self, row: Row) -> int:
@@ -171,6 +172,15 @@ class _Masks:
         step = [] if self._step is None else [self._step]
         own = [np.stack(self._own)] if self._own else []
         return np.concatenate([*step, *own]) if step or own else np.zeros((0, self._width), np.int32)
+
+
+def _as_wide(words: NDArray[np.int32], width: int) -> NDArray[np.int32]:
+    """[rows, width]: tokens beyond a mask are not allowed, those beyond the logits do not exist."""
+    return (
+        words
+        if words.shape[1] == width
+        else np.pad(words[:, :width], ((0, 0), (0, max(0, width - words.shape[1]))))
+    )
 
 
 def _edit_columns(rows: Sequence[Row], edits: EditList) -> list[Array]:
@@ -194,7 +204,10 @@ def _drawn_choices(
         is_possible = status == OK
         found: TokenLogprob | None = None
         if is_possible and row.num_logprobs is not None:
-            wanted = slice(row.num_logprobs)
+            num_found = sum(
+                each >= 0 for each in top_ids
+            )  # fewer than wanted, where that many are not possible
+            wanted = slice(min(row.num_logprobs, num_found))
             found = with_alternatives(token, logprob, rank, top_ids[wanted], top_scores[wanted])
         decision: Decision = "greedy" if row.sampling.is_greedy else "sampled"
         yield Choice(token if is_possible else None, found, decision)

@@ -190,3 +190,30 @@ def test_the_host_waits_once(kernel_device, monkeypatch):
         monkeypatch.setattr(Tensor, name, counted(name))
     FusedLogitsPipeline(VOCAB_SIZE, "raw_logprobs", VOCAB_SIZE)(logits, rows, bitmask)
     assert calls == ["cpu"]
+
+
+def test_a_list_may_allow_tokens_beyond_the_step_s_masks(kernel_device):
+    """An adapter adds them; the masks of others, which know the model's own vocabulary only, do not decide on them."""
+    logits = logits_of(torch.float32).to(kernel_device)
+    added = range(VOCAB_SIZE - VOCAB_SIZE % 32, NUM_COLUMNS)
+    rows = [row(0, mask=0), row(1, num_tokens=NUM_COLUMNS, allowed_token_ids=tuple(added))]
+    narrow = torch.full((1, VOCAB_SIZE // 32), -1, dtype=torch.int32)
+    for expected, actual in zip(*both(rows, logits, narrow), strict=True):
+        assert actual.token_id is not None
+        assert_same(expected, actual)
+
+
+def test_top_k_may_be_larger_than_32_bits(kernel_device):
+    rows = [row(0, top_k=2**40), row(1, top_k=2**31, top_p=0.9)]
+    for expected, actual in zip(*both(rows, logits_of(torch.float32).to(kernel_device), None), strict=True):
+        assert_same(expected, actual)
+
+
+def test_alternatives_are_tokens_where_fewer_are_possible_than_wanted(kernel_device):
+    logits = logits_of(torch.float32).to(kernel_device)
+    logits[0, 3:] = -torch.inf
+    (choice,) = FusedLogitsPipeline(VOCAB_SIZE, "raw_logprobs", VOCAB_SIZE)(
+        logits, [row(0, num_logprobs=5)], None
+    )
+    assert choice.logprob is not None
+    assert sorted(token for token, _ in choice.logprob.top) == [0, 1, 2]
