@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-OK, NOTHING_ALLOWED, NOT_NUMBERS = 0, 1, 2
+from cadenza.kernels.fused_sampling import NOT_NUMBERS, NOTHING_ALLOWED, OK
+
 MAX_WIDTH = 64
 
 # Chosen by arithmetic and by what compiles without spilling; not measured on a GPU.
@@ -66,7 +67,8 @@ class TopTokens:
     tokens: Tensor
     """[R, width] int32, of equal logits the lowest id first; -1 where the score is -inf."""
     status: Tensor
-    """[R] int32: OK, NOTHING_ALLOWED (or -inf all of it), NOT_NUMBERS: a NaN or +inf in N."""
+    """[R] int32, as `fused_sampling` has them: OK, NOTHING_ALLOWED (or -inf all of it), NOT_NUMBERS: a NaN or +inf in
+    N."""
 
 
 def top_tokens(logits: Tensor, bitmask: Tensor | None, rows: TopRows, width: int) -> TopTokens:

@@ -11,7 +11,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from cadenza.kernels import top_tokens as module
-from cadenza.kernels.top_tokens import NOT_NUMBERS, NOTHING_ALLOWED, OK, TopRows, TopTokens, top_tokens
+from cadenza.kernels.fused_sampling import NOT_NUMBERS, NOTHING_ALLOWED, OK
+from cadenza.kernels.top_tokens import TopRows, TopTokens, top_tokens
 
 
 def rows_of(rows: list[tuple[int, int, int, int, int]], device: torch.device | str) -> TopRows:
