@@ -325,6 +325,18 @@ def test_edges(kernel_device):
     assert drawn.tokens[6] == logits[6].argmax()
 
 
+def test_the_last_of_the_top_k_has_many_equals(kernel_device):
+    """Top-p counts the mass of all 100 that equal the 50th: 0.04 of it is more than the first token has, 0.02 less."""
+    logits = torch.full((1, 400), -5.0, device=kernel_device)
+    logits[:, 10:110], logits[:, 200] = -1.0, 0.0
+    settings = [
+        {"top_k": 50, "top_p": p, "logits_row": 0, "seed": seed} for p in (0.04, 0.02) for seed in range(3)
+    ]
+    drawn = check(logits, rows_of(settings, 400, kernel_device), wants_logprobs=False)
+    assert (drawn.tokens[:3] < 110).any()
+    assert drawn.tokens[3:].tolist() == [200] * 3
+
+
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.01}], ids=str)
 def test_nearly_no_temperature_is_greedy(filters, kernel_device):
     """1e-40 is no normal float32, and logits divided by 1e-38 are beyond one."""
