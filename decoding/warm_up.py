@@ -24,6 +24,7 @@ def warm_up(pipeline: LogitsPipeline, num_columns: int, dtype: torch.dtype, devi
     beam = Candidates(_NUM_CANDIDATES, normalized=False)
     for rows in (
         [_row(greedy)],
+        [_row(drawn, banned=[0])],
         [_row(drawn, mask=0, banned=[0]), _row(drawn, num_logprobs=1)],
         [_row(drawn, num_logprobs=_MOST_LISTED)],
         [_row(greedy, candidates=beam)],
