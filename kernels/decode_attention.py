@@ -314,5 +314,5 @@ def _launch(dim: int, value_dim: int, dtype: torch.dtype) -> tuple[int, dict[str
 
 
 def _padded(dim: int) -> int:
-    """The next power of two, which is what a program's arrays must measure."""
-    return 1 << (dim - 1).bit_length()
+    """The next power of two, which is what a program's arrays must measure, and at least a tensor core's 16."""
+    return max(16, 1 << (dim - 1).bit_length())

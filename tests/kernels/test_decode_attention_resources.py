@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from cadenza.kernels import decode_attention as kernel
 
 WORK = plan_decode([[0] * 32] * 4, [511] * 4, 16, 4).upload(torch.device("cpu"))
+WORK_OF_TWO = plan_decode([[0] * 32] * 4, [511] * 4, 16, 2).upload(torch.device("cpu"))
 WORK_OF_THREE = plan_decode([[0] * 32] * 4, [511] * 4, 16, 3).upload(torch.device("cpu"))
 WORK_OF_EIGHT = plan_decode([[0] * 32] * 4, [511] * 4, 16, 8).upload(torch.device("cpu"))
 SINKS = {"window": 128, "softcap": 50.0}
@@ -22,6 +23,7 @@ CASES = {
     "smollm2, bfloat16": (WORK_OF_THREE, 9, 3, 64, torch.bfloat16, {}),
     "llama 8b, float32": (WORK, 32, 8, 128, torch.float32, {}),
     "everything, 64 of 8, bfloat16": (WORK_OF_EIGHT, 64, 8, 64, torch.bfloat16, SINKS),
+    "heads of 8, bfloat16": (WORK_OF_TWO, 4, 2, 8, torch.bfloat16, {}),
     "heads of 256, bfloat16": (WORK, 16, 4, 256, torch.bfloat16, {"softcap": 50.0}),
 }
 
@@ -45,5 +47,5 @@ def test_it_fits_beside_others():
     assert len(table) == len(CASES) * 2 * 2
     for row, needs in table.items():
         assert needs["shared"] <= 99 * 1024
-        assert needs["wide_loads"] > 0
+        assert needs["wide_loads"] > 0 or "heads of 8" in row  # which are padded to 16
         assert (needs["tensor_cores"] > 0) == ("bfloat16" in row and "_split_kernel" in row)
