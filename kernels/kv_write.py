@@ -46,12 +46,17 @@ def write_kv(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Te
     width = max(key_width, value_width)
     heads = min(triton.next_power_of_2(num_heads), max(1, MAX_ELEMENTS // width))
     _write_kv_kernel[(num_rows, triton.cdiv(num_heads, heads))](
-        *(slots, key, *key.stride()[:2], keys, *keys.stride()[:3]),
-        *(value, *value.stride()[:2], values, *values.stride()[:3]),
+        *(slots, key, _row_step(key), key.stride(1), keys, *keys.stride()[:3]),
+        *(value, _row_step(value), value.stride(1), values, *values.stride()[:3]),
         *(keys.shape[1], num_heads, heads, key_dim, key_width, value_dim, value_width),
         num_warps=min(MAX_WARPS, max(1, heads * width * key.dtype.itemsize // (16 * 32))),
         enable_fp_fusion=True,
     )
+
+
+def _row_step(x: Tensor) -> int:
+    """From one row to the next. Where there is one only, any number is right, and 1 would be compiled anew."""
+    return x.stride(0) if len(x) > 1 else 0
 
 
 def write_kv_reference(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:

@@ -82,8 +82,21 @@ def prefill_attention(
     key_width, value_width = (max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
     heads, block, num_warps, num_stages = _config(q.dtype, max(key_width, value_width), group)
     is_interpreted = q.device.type == "cpu"  # kernels meet tensors of a CPU only in Triton's interpreter
+    # Where there is one row only, any distance to the next is right, and 1 would be compiled anew.
+    q_row, out_row = (part.stride(0) if num_rows > 1 else 0 for part in (q, out))
     _prefill_kernel[(num_heads // heads, len(work.tiles))](
-        *(q, *q.stride()[:2], keys, *keys.stride()[:3], values, *values.stride()[:3], out, *out.stride()[:2]),
+        *(
+            q,
+            q_row,
+            q.stride(1),
+            keys,
+            *keys.stride()[:3],
+            values,
+            *values.stride()[:3],
+            out,
+            out_row,
+            out.stride(1),
+        ),
         *(sinks, work.block_tables, work.block_tables.shape[1], work.starts, work.first_rows, work.num_rows),
         *(work.tiles, scale, window, softcap, block_size, group, heads, TILE, block),
         *(key_dim, key_width, value_dim, value_width, is_interpreted),
