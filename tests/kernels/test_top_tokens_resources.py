@@ -24,10 +24,10 @@ def check(
 
 @pytest.mark.parametrize(
     ("dtype", "width", "is_masked"),
-    [(torch.bfloat16, 8, True), (torch.bfloat16, 20, False), (torch.float32, 64, True)],
+    [(torch.bfloat16, 8, True), (torch.float32, 64, False)],
 )
 def test_top_tokens(triton_compiler, dtype, width, is_masked, tmp_path):
-    """Of Llama 3's vocabulary."""
+    """Of Llama 3's vocabulary, the fewest and the most that are picked: what lies between takes less than the most."""
     check(triton_compiler, 128256, dtype, width, is_masked, tmp_path)
 
 
