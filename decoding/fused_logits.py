@@ -152,7 +152,7 @@ class _Masks:
     def __init__(self, bitmask: Tensor | None, num_columns: int) -> None:
         self._width = -(-num_columns // _WORD_BITS)
         """Also where the step's has fewer words: a list may allow tokens that an adapter adds."""
-        self._step = None if bitmask is None else _as_wide(bitmask.numpy(), self._width)
+        self._step = None if bitmask is None else bitmask.numpy()
         self._own: list[NDArray[np.int32]] = []
 
     def row_for(self, row: Row) -> int:
@@ -162,16 +162,17 @@ class _Masks:
         own[[token for token in row.sampling.allowed_token_ids if token < len(own)]] = 1
         words = np.packbits(own, bitorder="little").view(np.int32)
         if row.mask is not None and self._step is not None:
-            words = words & self._step[row.mask]
+            words = words & _as_wide(self._step[row.mask : row.mask + 1], self._width)[0]
         self._own.append(words)
         return (0 if self._step is None else len(self._step)) + len(self._own) - 1
 
     @property
     def words(self) -> NDArray[np.int32]:
         """[rows, words] int32, once every row has asked."""
-        step = [] if self._step is None else [self._step]
-        own = [np.stack(self._own)] if self._own else []
-        return np.concatenate([*step, *own]) if step or own else np.zeros((0, self._width), np.int32)
+        if not self._own:
+            return np.zeros((0, self._width), np.int32) if self._step is None else self._step
+        step = [] if self._step is None else [_as_wide(self._step, self._width)]
+        return np.concatenate([*step, np.stack(self._own)])
 
 
 def _as_wide(words: NDArray[np.int32], width: int) -> NDArray[np.int32]:
