@@ -1,4 +1,5 @@
-"""Cases of what lies between a layer's products: norm, norm with residual, rotary embedding, gated activation."""
+"""Cases of what lies between a layer's products: norm, norm with residual, rotary embedding, gated activation, and the
+rotation of blocks before 8-bit products."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,6 +11,8 @@ from kernel_cases.case import Case, Function, Sizes, Work, pairs, randn, rows_of
 from torch import Tensor
 
 EPS = 1e-5
+ROTATED = 64
+"""Channels a block: the most."""
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
@@ -18,6 +21,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         ("rms_norm", "and residual, "): _add_norm,
         ("rotary", ""): _rotary,
         ("gated_activation", ""): _gate,
+        ("hadamard", ""): _rotated_blocks,
     }
     largest = max(sizes.layer_rows)
     for (kernel, what), make in makers.items():
@@ -140,6 +144,27 @@ def _gate(sizes: Sizes, count: int, device: torch.device) -> Work:
             "flashinfer": lambda: _flashinfer("silu_and_mul", merged),
             "vllm": lambda: _vllm("silu_and_mul", torch.empty_like(up), merged),
         },
+    )
+
+
+def _rotated_blocks(sizes: Sizes, count: int, device: torch.device) -> Work:
+    from cadenza.kernels.hadamard import rotate_blocks, rotate_blocks_bytes, rotate_blocks_reference
+
+    x = randn(count, sizes.hidden, seed=0, device=device, dtype=sizes.dtype)
+    matrix = rotate_blocks_reference(torch.eye(ROTATED, device=device), ROTATED, 1.0)
+
+    def usual() -> Tensor:
+        blocks = x.float().unflatten(-1, (-1, ROTATED))
+        return ((blocks @ matrix).flatten(-2) / 8).to(x.dtype)
+
+    return Work(
+        kernel=lambda: rotate_blocks(x, ROTATED, 0.125),
+        reference=lambda: rotate_blocks_reference(x, ROTATED, 0.125),
+        check=lambda: pairs(
+            rotate_blocks(x, ROTATED, 0.125), rotate_blocks_reference(x.double(), ROTATED, 0.125)
+        ),
+        num_bytes=rotate_blocks_bytes(x),
+        usual=usual,
     )
 
 

@@ -91,6 +91,7 @@ SWEEPS = {
         Sweep("gated_activation", "BLOCK", candidates=numbers),
         Sweep("gated_activation", "OPTIONS"),
     ],
+    "hadamard": [Sweep("hadamard", "_OPTIONS")],
     "lora_sgmv": [
         Sweep("lora_sgmv", "SHRINK_OPTIONS", cases=("shrink",)),
         Sweep("lora_sgmv", "EXPAND_BLOCK", candidates=numbers, cases=("expand",)),
