@@ -12,8 +12,9 @@ from cadenza.kernels.fused_sampling import FusedRows, fused_sampling
 KINDS = {"temperature": torch.float32, "top_p": torch.float32, "min_p": torch.float32, "seed": torch.int64}
 
 
-@pytest.mark.parametrize("wants_logprobs", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "wants_logprobs"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)]
+)
 def test_a_vocabulary_of_128256(triton_compiler, dtype, wants_logprobs, tmp_path):
     """Whether rows have masks, edited logits or filters is in their parameters: it compiles nothing else."""
     empty = triton_compiler.empty
