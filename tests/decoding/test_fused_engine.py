@@ -53,7 +53,9 @@ REQUESTS = {
         {"seed": 3, "frequency_penalty": 0.5, "repetition_penalty": 1.2, "logit_bias": {5: 3.0}},
     ),
     "the prompt scored": Asked(PROMPT, {"temperature": 0.0, "prompt_logprobs": 1}),
-    "repetition, for drafts": Asked(REPEATED, {"temperature": 0.0, "logit_bias": {60: 9.0, 61: 9.0}}),
+    "repetition, for drafts": Asked(
+        REPEATED, {"temperature": 0.0, "logit_bias": {60: 9.0, 61: 9.0}, "max_tokens": 8}
+    ),
     "beams": Asked(PROMPT[:20], {}, strategy=BeamSearch(num_beams=2)),
     "contrastive": Asked(
         PROMPT[:11], {"temperature": 0.0}, strategy=ContrastiveSearch(penalty_alpha=0.5, top_k=2)
@@ -66,7 +68,7 @@ REQUESTS = {
     "an adapter, drawn": Asked(PROMPT[:30], {"seed": 6, "typical_p": 0.8}, adapter="own"),
 }
 WITH_DRAFTS = ("two samples of one prompt", "repetition, for drafts", "a choice", "beams of a regex")
-"""Rows with drafts, of n-grams and of constraints, beside rows without."""
+"""Rows with drafts, of which some are right and some are wrong, beside rows without."""
 
 
 def new_model(like: LoadedModel, device: str = "cpu") -> LoadedModel:
