@@ -25,7 +25,7 @@ from cadenza.decoding.speculation.draft_model import DraftModelDrafter
 from cadenza.decoding.speculation.ngram import NgramDrafter
 from cadenza.decoding.speculation.sharing import CPU_COST, GPU_COST
 from cadenza.decoding.speculation.speculator import Speculator
-from cadenza.decoding.warm_up import warm_up
+from cadenza.decoding.warm_up import warm_up, warm_up_layers
 from cadenza.kernels import ops
 from cadenza.models import LoadedModel, ModelError
 from cadenza.models.adapters.layout import Layout, layout_of
@@ -166,6 +166,7 @@ def _replace_layers(
         from cadenza.models.fusion.fuse import fuse
 
         log.info("kernels in place of the model's own: %s", fuse(module))
+        warm_up_layers(module, model.device)
     shapes = probe.layer_shapes(module, model.config)
     if probe.is_quantized(module):
         expected = probe.check_operators(module, expected)

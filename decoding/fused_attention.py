@@ -18,11 +18,15 @@ from cadenza.decoding.attention import LayerCall, StepInputs
 from cadenza.decoding.kv_cache import KVCache
 from cadenza.decoding.packed_rows import PackedRows
 from cadenza.kernels.decode_attention import decode_attention
-from cadenza.kernels.decode_work import DecodeWork, plan_decode
+from cadenza.kernels.decode_work import SPLIT, DecodeWork, plan_decode
 from cadenza.kernels.kv_write import write_kv
 from cadenza.kernels.prefill_attention import prefill_attention
 from cadenza.kernels.prefill_work import PrefillWork, plan_prefill
 from cadenza.kernels.upload import upload
+
+MOST_PARTIALS = 2**15
+"""Of a launch of decode attention: 512 MB of partial results for 32 heads of 128. A preempted long answer that is
+computed again may have hundreds of thousands."""
 
 order = None
 """Decode rows stay as they come: `tiled_attention` sorts them by length, and whoever packs rows asks either."""
@@ -35,8 +39,8 @@ class FusedBatch:
     """[T] where each row's key and value go."""
     num_decode_rows: int
     """The first ones; the others are prompts'."""
-    decode: Mapping[int, DecodeWork]
-    """By the number of query heads per key head, which layers may differ in."""
+    decode: Mapping[int, Sequence[DecodeWork]]
+    """By the number of query heads per key head, which layers may differ in: the decode rows, some at a time."""
     prefill: PrefillWork
 
     def attend(self, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -51,9 +55,11 @@ class FusedBatch:
         }
         num_heads, first = query.shape[1], self.num_decode_rows
         out = torch.empty(len(query), num_heads, value.shape[2], dtype=query.dtype, device=query.device)
-        if first:
-            work = self.decode[num_heads // key.shape[1]]
-            decode_attention(query[:first], keys, values, work, **options, out=out[:first])
+        start = 0
+        for work in self.decode[num_heads // key.shape[1]]:
+            own = slice(start, start + len(work.positions))
+            decode_attention(query[own], keys, values, work, **options, out=out[own])
+            start = own.stop
         if first < len(query):
             prefill_attention(query[first:], keys, values, self.prefill, **options, out=out[first:])
         return out
@@ -62,7 +68,10 @@ class FusedBatch:
 def step_inputs(rows: PackedRows, kept: Sequence[int], cache: KVCache, device: torch.device) -> StepInputs:
     first = rows.num_decode_rows
     decode = {
-        group: plan_decode(rows.block_tables, rows.positions[:first], cache.block_size, group)
+        group: [
+            plan_decode(rows.block_tables[part], rows.positions[part], cache.block_size, group)
+            for part in _parts(rows.positions[:first])
+        ]
         for group in cache.group_sizes
     }
     prefill = plan_prefill(
@@ -73,9 +82,24 @@ def step_inputs(rows: PackedRows, kept: Sequence[int], cache: KVCache, device: t
         cache.block_size,
     )
     numbers = [np.array(values, np.int64) for values in (rows.token_ids, rows.positions, kept, rows.slots)]
-    planned = [array for plan in decode.values() for array in plan.arrays]
+    planned = [array for plans in decode.values() for plan in plans for array in plan.arrays]
     tensors = iter(upload([*numbers, *planned, *prefill], device))
     token_ids, positions, kept_rows, slots = islice(tensors, len(numbers))
-    work = {group: plan.on_device(list(islice(tensors, len(plan.arrays)))) for group, plan in decode.items()}
+    work = {
+        group: [plan.on_device(list(islice(tensors, len(plan.arrays)))) for plan in plans]
+        for group, plans in decode.items()
+    }
     batch = FusedBatch(cache, slots, first, work, PrefillWork(*tensors))
     return StepInputs(token_ids, positions, kept_rows, batch)
+
+
+def _parts(positions: Sequence[int]) -> list[slice]:
+    """Decode rows whose partial results are computed together, in order."""
+    parts, start, num_partials = [], 0, 0
+    for row, position in enumerate(positions):
+        own = position // SPLIT + 1
+        if row > start and num_partials + own > MOST_PARTIALS:
+            parts.append(slice(start, row))
+            start, num_partials = row, 0
+        num_partials += own
+    return [*parts, slice(start, len(positions))] if positions else []

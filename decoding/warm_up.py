@@ -1,14 +1,19 @@
-"""Kernels of the logits pipeline compiled before the first request, which would wait for them.
+"""Kernels compiled before the first request, which would wait for them.
 
-Those of the model's layers were compiled when `probe` tried it. Knows rows; no models, no requests.
+Most of the model's layers were compiled for when `probe` tried it, with a few tokens; quantized ones compute other
+numbers of rows by other kernels. Knows rows and layers; no requests.
 """
 
 import torch
+from torch import nn
 
 from cadenza.decoding.logits import LogitsPipeline
 from cadenza.decoding.request import SamplingParams
 from cadenza.decoding.row import Candidates, Row
+from cadenza.models.linear import PackedMember
+from cadenza.models.quantization.base import QuantizedLinear
 
+_ROW_COUNTS = (1, 17, 33, 65)
 _MOST_LISTED = 20
 """Alternatives that OpenAI's API allows."""
 _NUM_CANDIDATES = 8
@@ -31,6 +36,22 @@ def warm_up(pipeline: LogitsPipeline, num_columns: int, dtype: torch.dtype, devi
         [_row(greedy, candidates=beam, mask=0)],
     ):
         pipeline(logits, rows, bitmask if rows[0].mask is not None else None)
+
+
+@torch.inference_mode()
+def warm_up_layers(module: nn.Module, device: torch.device) -> None:
+    """Every shape of quantized layers, with as many rows as there are kernels for. Layers that wait elsewhere are left
+    out."""
+    seen: set[object] = set()
+    for part in module.modules():
+        layer = part.joined if isinstance(part, PackedMember) else part
+        if not isinstance(layer, QuantizedLinear) or not layer.is_prepared:
+            continue
+        shape = (type(layer), layer.in_features, layer.out_features, layer.bias is None, layer.operator)
+        if shape not in seen:
+            seen.add(shape)
+            for count in _ROW_COUNTS:
+                layer(torch.zeros(count, layer.in_features, dtype=layer.dtype, device=device))
 
 
 def _row(

@@ -28,7 +28,7 @@ def test_every_kernel_of_the_pipeline_is_launched(kernel_device, triton_interpre
     assert set(launched) == {f"_{name}_kernel" for name in kernels}
 
 
-@pytest.mark.parametrize("num_columns", [32000, 32001])
+@pytest.mark.parametrize("num_columns", [32000, 32001, 50257, 151936])
 def test_nothing_that_is_commonly_asked_for_is_compiled_later(num_columns, triton_compiler):
     """Whatever the number of rows is, and also where rows of logits do not begin at multiples of 16."""
     pipeline = FusedLogitsPipeline(num_columns, "raw_logprobs")
