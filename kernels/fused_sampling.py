@@ -94,7 +94,7 @@ def fused_sampling(
     draws = FusedDraws(*(torch.empty(num_rows, dtype=kind, device=logits.device) for kind in _DRAWS))
     if not num_rows:
         return draws
-    aligned = -(-num_rows // 4) * 4  # each of the four begins at 16 bytes, or Triton would compile for where it does
+    aligned = -(-num_rows // 4) * 4  # so that each of the four begins at 16 bytes: Triton compiles for that
     maxima, masses, raw_maxima, raw_masses = torch.empty(4, aligned, num_blocks, device=logits.device)
     best = torch.empty(num_rows, num_blocks, dtype=torch.int32, device=logits.device)
     is_ragged = logits.shape[1] % _GROUP > 0 or edited.shape[1] % _GROUP > 0
