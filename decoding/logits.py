@@ -68,7 +68,8 @@ class LogitsPipeline:
         logits = self._process(logits, rows, bitmask)
         parameters = sampling_rows(rows, logits.device)
         drawn = draw(logits, parameters)
-        is_possible = logits.gather(1, drawn.tokens[:, None])[:, 0] > -torch.inf
+        largest = logits.amax(dim=-1)
+        is_possible = (largest > -torch.inf) & (largest < torch.inf)  # neither is true of what is not a number
         if self._logprobs_mode == "processed_logprobs":
             raw = processed_logits(logits, parameters) if _wants_logprobs(rows) else raw
         return _choices(raw, drawn.tokens, is_possible, rows, next_mu(rows, drawn.surprise))

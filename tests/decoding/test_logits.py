@@ -317,6 +317,19 @@ def test_logits_that_are_not_numbers_choose_nothing(temperature: float):
     assert [choice.token_id for choice in choices] == [4, None]
 
 
+@pytest.mark.parametrize("value", [math.nan, INF])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_one_logit_that_is_no_number_spoils_its_row_only(value, temperature):
+    """Unless it is of a token that is not allowed."""
+    rows = [
+        row(logits_row=0, temperature=temperature),
+        row(logits_row=1, temperature=temperature),
+        row(logits_row=1, temperature=temperature, banned=[3]),
+    ]
+    choices = pipeline()(logits_of(VALUES, [2.0, 1.0, 0.0, value, -2.0]), rows)
+    assert [choice.token_id is None for choice in choices] == [False, True, False]
+
+
 def test_seeds_of_64_bits_are_told_apart():
     """-1 and 2**64 - 1 are the same 64 bits; 2**63 and 0 are not."""
     logits = torch.zeros(1, 4000)
