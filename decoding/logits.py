@@ -69,7 +69,7 @@ class LogitsPipeline:
         parameters = sampling_rows(rows, logits.device)
         drawn = draw(logits, parameters)
         largest = logits.amax(dim=-1)
-        is_possible = (largest > -torch.inf) & (largest < torch.inf)  # neither is true of what is not a number
+        is_possible = (largest > -torch.inf) & (largest < torch.inf)  # neither is true of a NaN
         if self._logprobs_mode == "processed_logprobs":
             raw = processed_logits(logits, parameters) if _wants_logprobs(rows) else raw
         return _choices(raw, drawn.tokens, is_possible, rows, next_mu(rows, drawn.surprise))

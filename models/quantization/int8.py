@@ -3,9 +3,9 @@
 Both are rotated first, so that outliers do not take the levels away from the rest; see `rotation`. Integers are summed
 exactly, so that a row's result cannot depend on the rows beside it.
 
-On a GPU with Triton up to 64 rows keep their activations in the model's dtype: reading the weight takes the time there,
-and `int8_matmul` does it once. More rows are rounded to 8 bits as elsewhere. So there a token's result
-depends on whether its step has more than 64 rows, as it does with cuBLAS's products of floats on how many.
+On a GPU with Triton activations stay in the model's dtype, however many rows there are: rounding them for large steps
+only would make an answer depend on what else is computed. Up to 64 rows `int8_matmul` reads the weight once; for more
+the weight is dequantized for cuBLAS, which makes a difference in the last bits.
 """
 
 import functools
@@ -21,20 +21,14 @@ from cadenza.models.quantization.base import Method, QuantizedLinear
 from cadenza.models.quantization.rotation import block_size, restore_weight, rotate, rotate_weight
 
 MOST_SUMMED = 2**16  # products of a uint8 and an int8 that 32 bits hold
+_FLOATS_AT_ONCE = 2**26  # weights that are dequantized together on a GPU
 _AT_ONCE = 2**18  # elements that are quantized or dequantized together: they stay in a core's cache
 
 
-def product_for(device: torch.device) -> Product:
-    """The fastest product that is exact on this machine, by a trial with the largest numbers there are.
-
-    Where Triton runs, one that reads weights row by row, as Triton's does.
-    """
-    return _exact_product(device, device.type == "cpu" and not ops.runs_triton(device))
-
-
 @functools.cache
-def _exact_product(device: torch.device, has_onednn: bool) -> Product:
-    for product in (ONEDNN if has_onednn else INT_MM,):
+def product_for(device: torch.device) -> Product:
+    """The fastest product that is exact on this machine, by a trial with the largest numbers there are."""
+    for product in (ONEDNN if device.type == "cpu" else INT_MM,):
         if _is_exact(product, device):
             return product
     return CHUNKED
@@ -135,31 +129,43 @@ class Int8Linear(ChannelwiseLinear):
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     def lay_out(self) -> None:
-        if ops.runs_triton(self.qweight.device):
-            self._scale = self.scale / _room(self.in_features)
-        super().lay_out()
+        if not ops.runs_triton(self.qweight.device):
+            super().lay_out()
+            return
+        self._scale, self._laid_out = self.scale / _room(self.in_features), self.qweight
+        del self.qweight, self.scale
 
     def apply_prepared(self, x: Tensor) -> Tensor:
         if self._scale is not None:
-            from cadenza.kernels.int8_matmul import MOST_ROWS, int8_matmul
-
-            rows = x.reshape(-1, self.in_features)
-            if len(rows) <= MOST_ROWS:
-                weight = self._laid_out[: self.out_features, : self.in_features]
-                y = int8_matmul(_rotate_in_triton(rows), weight, self._scale, self.bias)
-                return y.view(*x.shape[:-1], self.out_features)
+            rows = _rotate_in_triton(x.reshape(-1, self.in_features))
+            return self._apply_in_triton(rows, self._scale).view(*x.shape[:-1], self.out_features)
         y = int8_linear(rotate(x), self._laid_out, self._factor, self.bias, self._product)
         return y.to(x.dtype)
 
+    def _apply_in_triton(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """rows: [r, in_features], rotated; [r, out_features] of their dtype."""
+        from cadenza.kernels.int8_matmul import MOST_ROWS, int8_matmul
+
+        if len(rows) <= MOST_ROWS:
+            return int8_matmul(rows, self._laid_out, scale, self.bias)
+        parts = []
+        step = max(64, _FLOATS_AT_ONCE // self.in_features)
+        for start in range(0, self.out_features, step):
+            own = slice(start, start + step)
+            weight = (self._laid_out[own] * scale[own, None]).to(rows.dtype)
+            parts.append(F.linear(rows, weight, None if self.bias is None else self.bias[own]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
     @property
     def operator(self) -> str:
+        if self._scale is not None:
+            return "Triton int8 up to 64 rows; torch, dequantized, above"
         names = {
             id(ONEDNN): "oneDNN int8",
             id(INT_MM): "torch int8",
             id(CHUNKED): "float32 products of 8-bit integers",
         }
-        product = f"{names[id(self._product)]}, 8-bit activations"
-        return product if self._scale is None else f"Triton int8 up to 64 rows; {product}, above"
+        return f"{names[id(self._product)]}, 8-bit activations"
 
 
 def _rotate_in_triton(rows: Tensor) -> Tensor:
