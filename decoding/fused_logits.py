@@ -177,11 +177,9 @@ class _Masks:
 
 def _as_wide(words: NDArray[np.int32], width: int) -> NDArray[np.int32]:
     """[rows, width]: tokens beyond a mask are not allowed, those beyond the logits do not exist."""
-    return (
-        words
-        if words.shape[1] == width
-        else np.pad(words[:, :width], ((0, 0), (0, max(0, width - words.shape[1]))))
-    )
+    if words.shape[1] == width:
+        return words
+    return np.pad(words[:, :width], ((0, 0), (0, max(0, width - words.shape[1]))))
 
 
 def _edit_columns(rows: Sequence[Row], edits: EditList) -> list[Array]:
@@ -205,10 +203,8 @@ def _drawn_choices(
         is_possible = status == OK
         found: TokenLogprob | None = None
         if is_possible and row.num_logprobs is not None:
-            num_found = sum(
-                each >= 0 for each in top_ids
-            )  # fewer than wanted, where that many are not possible
-            wanted = slice(min(row.num_logprobs, num_found))
+            # fewer than are wanted, where so many are not possible
+            wanted = slice(min(row.num_logprobs, sum(each >= 0 for each in top_ids)))
             found = with_alternatives(token, logprob, rank, top_ids[wanted], top_scores[wanted])
         decision: Decision = "greedy" if row.sampling.is_greedy else "sampled"
         yield Choice(token if is_possible else None, found, decision)
