@@ -166,7 +166,7 @@ def test_hostile_grammars_end_soon(name: str) -> None:
         outcome = str(error)
     assert len(outcome) < 400
     assert "\n" not in outcome
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 5  # and not minutes, on a slow machine either
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 200 * 1024
     assert outcome or name in MAY_PASS
 
