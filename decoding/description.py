@@ -18,7 +18,7 @@ from cadenza.decoding.config import EngineConfig
 from cadenza.decoding.memory_plan import MemoryPlan
 from cadenza.kernels import ops
 from cadenza.models import LoadedModel
-from cadenza.models.linear import PackedLinear, PackedMember
+from cadenza.models.linear import PackedLinear, computing_layers
 from cadenza.models.quantization.base import QuantizedLinear
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -123,14 +123,8 @@ def describe(
 
 def linear_operators(module: nn.Module) -> dict[str, int]:
     """What multiplies in how many linear layers, most frequent first. Layers that wait elsewhere are not counted."""
-    counts: Counter[str] = Counter()
-    seen: set[nn.Module] = set()
-    for part in module.modules():
-        layer = part.joined if isinstance(part, PackedMember) else part
-        if layer not in seen:
-            seen.add(layer)
-            counts.update(operator for operator in [_operator(layer)] if operator is not None)
-    return dict(counts.most_common())
+    operators = (_operator(layer) for layer in computing_layers(module))
+    return dict(Counter(operator for operator in operators if operator is not None).most_common())
 
 
 def _operator(layer: nn.Module) -> str | None:

@@ -67,10 +67,11 @@ class FusedBatch:
 
 def step_inputs(rows: PackedRows, kept: Sequence[int], cache: KVCache, device: torch.device) -> StepInputs:
     first = rows.num_decode_rows
+    parts = _parts(rows.positions[:first])
     decode = {
         group: [
             plan_decode(rows.block_tables[part], rows.positions[part], cache.block_size, group)
-            for part in _parts(rows.positions[:first])
+            for part in parts
         ]
         for group in cache.group_sizes
     }

@@ -110,7 +110,7 @@ class FusedLogitsPipeline(LogitsPipeline):
             _ints(edited_row.get(id(row), _NONE) for row in rows),
             _ints(masks.row_for(row) for row in rows),
             _ints(self._num_tokens(row, num_columns) for row in rows),
-            _ints(self._num_scored(row, num_columns) for row in rows),
+            _ints(self._num_scored(row.num_tokens, num_columns) for row in rows),
             _floats(each.temperature for each in params),
             _ints(min(max(each.top_k, 0), num_columns) for each in params),  # however large, it is an int32
             _floats(each.top_p for each in params),
@@ -122,7 +122,7 @@ class FusedLogitsPipeline(LogitsPipeline):
 
     def _top_columns(self, rows: Sequence[Row], masks: "_Masks | None", num_columns: int) -> list[Array]:
         """In the order of `TopRows`. masks: None where the model's own distribution is asked for."""
-        scored = [self._num_scored(row, num_columns) for row in rows]
+        scored = [self._num_scored(row.num_tokens, num_columns) for row in rows]
         own = scored if masks is None else [self._num_tokens(row, num_columns) for row in rows]
         return [
             _ints(row.logits_row for row in rows),
@@ -134,12 +134,6 @@ class FusedLogitsPipeline(LogitsPipeline):
 
     def _num_tokens(self, row: Row, num_columns: int) -> int:
         return min(row.num_tokens or self._vocab_size, num_columns)
-
-    def _num_scored(self, row: Row, num_columns: int) -> int:
-        """How many columns the model's distribution is over: see `columns`."""
-        if self._num_columns is None:
-            return num_columns
-        return min(max(self._num_columns, row.num_tokens or 0), num_columns)
 
 
 def _is_searched(row: Row) -> bool:

@@ -46,9 +46,13 @@ class LogitsPipeline:
 
     def columns(self, logits: Tensor, num_tokens: int | None) -> Tensor:
         """Those of the model, and of the tokens that adapters add up to a vocabulary of `num_tokens`."""
+        return logits[:, : self._num_scored(num_tokens, logits.shape[1])]
+
+    def _num_scored(self, num_tokens: int | None, num_columns: int) -> int:
+        """How many of the logits' columns the model's own distribution is over."""
         if self._num_columns is None:
-            return logits
-        return logits[:, : max(self._num_columns, num_tokens or 0)]
+            return num_columns
+        return min(max(self._num_columns, num_tokens or 0), num_columns)
 
     def _choose(self, logits: Tensor, rows: Sequence[Row], bitmask: Tensor | None) -> list[Choice]:
         searching = [number for number, row in enumerate(rows) if row.candidates is not None]

@@ -10,10 +10,10 @@ from torch import nn
 from cadenza.decoding.logits import LogitsPipeline
 from cadenza.decoding.request import SamplingParams
 from cadenza.decoding.row import Candidates, Row
-from cadenza.models.linear import PackedMember
+from cadenza.models.linear import computing_layers
 from cadenza.models.quantization.base import QuantizedLinear
 
-_ROW_COUNTS = (1, 17, 33, 65)
+_ROW_COUNTS = (1, 17, 65)
 _MOST_LISTED = 20
 """Alternatives that OpenAI's API allows."""
 _NUM_CANDIDATES = 8
@@ -43,8 +43,7 @@ def warm_up_layers(module: nn.Module, device: torch.device) -> None:
     """Every shape of quantized layers, with as many rows as there are kernels for. Layers that wait elsewhere are left
     out."""
     seen: set[object] = set()
-    for part in module.modules():
-        layer = part.joined if isinstance(part, PackedMember) else part
+    for layer in computing_layers(module):
         if not isinstance(layer, QuantizedLinear) or not layer.is_prepared:
             continue
         shape = (type(layer), layer.in_features, layer.out_features, layer.bias is None, layer.operator)

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cadenza.kernels.decode_work import SPLIT, TILE, DecodeWork, members_per_item
+from cadenza.kernels.ops import is_interpreted
 
 LOOP_BYTES = 16 * 1024
 """Keys and values of one head that a program multiplies at once. Pipelined, two to three times that is on its way."""
@@ -103,7 +104,7 @@ def decode_attention(
             *(float(scale), float(softcap or 1.0), softcap is not None, window or 0),
             *(num_kv_heads, group, size, max(TILE, _padded(group)), SPLIT, block_size),
             *(block, dim, value_dim, _padded(dim), _padded(value_dim)),
-            q.device.type == "cpu",
+            is_interpreted(q),
             **options,
         )
     _merge_kernel[(num_rows * num_heads,)](

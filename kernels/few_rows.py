@@ -19,6 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+MOST_ROWS = 64
+"""Callers with more rows do better with another product; these are right for any number."""
+
 PROGRAMS = 264
 """So many programs are wanted at least, two for each processor of an H200. By arithmetic; not measured on a GPU."""
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cadenza.kernels.few_rows import dot
+from cadenza.kernels.ops import is_interpreted
 
 SIZES = (16, 32, 64)
 BLOCKS = 32
@@ -32,7 +33,7 @@ def rotate_blocks(x: Tensor, size: int, factor: float) -> Tensor:
     num_blocks = x.numel() // size
     if num_blocks:
         _rotate_blocks_kernel[(-(-num_blocks // BLOCKS),)](
-            *(x, out, num_blocks, factor, BLOCKS, size, x.device.type == "cpu"), **_OPTIONS
+            *(x, out, num_blocks, factor, BLOCKS, size, is_interpreted(x)), **_OPTIONS
         )
     return out
 

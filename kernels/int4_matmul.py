@@ -14,7 +14,7 @@ is one piece of memory, and no number changes threads between the load and the p
 
 A program computes 16 or 32 rows times 128 outputs over a piece of the inputs (`few_rows`). Both heights use the same
 tensor-core instruction, 16 rows high, and sum in the same order: a row's bits do not depend on how many rows there are,
-provided that the hardware treats the 16 rows of a product alike. From `MOST_ROWS` on it is better to `dequantize`.
+provided that the hardware treats the 16 rows of a product alike. Beyond `MOST_ROWS` it is better to `dequantize`.
 
 Knows nothing of modules and of how integers are chosen. Everything is on the current device. Imports Triton, which only
 Linux has: import it where there is a GPU.
@@ -27,9 +27,7 @@ from torch import Tensor
 
 from cadenza.kernels.few_rows import dot, split, sum_splits
 from cadenza.kernels.int4_words import CHUNK, WORDS, dequantize_reference
-
-MOST_ROWS = 64
-"""Callers with more rows do better with another product; this one is right for any number."""
+from cadenza.kernels.ops import is_interpreted
 
 OUTPUTS = 128
 """Per program; must not depend on the number of rows."""
@@ -82,7 +80,7 @@ def int4_matmul(
     _int4_matmul_kernel[(-(-num_rows // tile), num_blocks, num_splits)](
         *(x, x.stride(0), words, words.stride(0), pairs, pairs.stride(0), bias if is_whole else None, sums),
         *(num_rows, outputs, width, per_split),
-        *(tile, OUTPUTS, CHUNK, WORDS, group_size, part, options["num_stages"], x.device.type == "cpu"),
+        *(tile, OUTPUTS, CHUNK, WORDS, group_size, part, options["num_stages"], is_interpreted(x)),
         **options,
         maxnreg=_REGISTERS.get((x.dtype.itemsize, tile, part)),
     )

@@ -8,8 +8,8 @@ is exact in bfloat16 and in float16, so that nothing is rounded before tensor co
 With so few rows the time is what reading the weight takes. A program computes 16 or 32 rows times 128 outputs over a
 piece of the inputs (`few_rows`). Both heights use the same tensor-core instruction, 16 rows high, and sum inputs in the
 same order: a row's bits do not depend on how many rows there are, provided that the hardware treats the 16 rows of a
-product alike. More than 32 rows are several programs that read the same weight, the second time from the cache. From
-`MOST_ROWS` on a matrix product that reuses what it reads is the better one.
+product alike. More than 32 rows are several programs that read the same weight, the second time from the cache. Beyond
+`MOST_ROWS` a matrix product that reuses what it reads is the better one.
 
 Knows nothing of modules, of how the integers are chosen or of rotations. Everything is on the current device. Imports
 Triton, which only Linux has: import it where there is a GPU.
@@ -21,9 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cadenza.kernels.few_rows import dot, split, sum_splits
-
-MOST_ROWS = 64
-"""Callers with more rows do better with another product; this one is right for any number."""
+from cadenza.kernels.ops import is_interpreted
 
 OUTPUTS = 128
 """Per program; must not depend on the number of rows."""
@@ -64,7 +62,7 @@ def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
     _int8_matmul_kernel[(-(-num_rows // tile), num_blocks, num_splits)](
         *(x, x.stride(0), weight, weight.stride(0), scale, bias if is_whole else None, sums),
         *(num_rows, outputs, width, per_split),
-        *(tile, OUTPUTS, step, x.device.type == "cpu"),
+        *(tile, OUTPUTS, step, is_interpreted(x)),
         **_OPTIONS[x.dtype.itemsize],
     )
     if not is_whole:

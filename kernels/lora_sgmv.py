@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cadenza.kernels.lora import PLANE
 from cadenza.kernels.lora_segments import LANES, Segments
+from cadenza.kernels.ops import is_interpreted
 
 CHUNK = 2048
 """The most inputs that one program sums: 64 KB of a plane in 16 bit, about a microsecond's reading by one processor."""
@@ -52,7 +53,7 @@ def shrink(x: Tensor, a: Tensor, segments: Segments) -> Tensor:
         _shrink_kernel[(len(segments.pieces), num_chunks)](
             *(x, x.stride(0), a, y, n),
             *(segments.rows, segments.planes, segments.firsts, segments.pieces),
-            *(in_features, chunk, block, PLANE, LANES, _is_interpreted(x)),
+            *(in_features, chunk, block, PLANE, LANES, is_interpreted(x)),
             **SHRINK_OPTIONS,
         )
     return y
@@ -193,8 +194,3 @@ def _chunks(in_features: int, dtype: torch.dtype) -> tuple[int, int, int]:
 def _precision(dtype: torch.dtype) -> str:
     """Of B's values: those of 16 bit are exact in TF32, so three products of it with y in two parts give float32."""
     return "ieee" if dtype == torch.float32 else "tf32x3"
-
-
-def _is_interpreted(x: Tensor) -> bool:
-    """Kernels meet tensors of a CPU only in Triton's interpreter."""
-    return x.device.type == "cpu"

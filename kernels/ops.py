@@ -5,6 +5,7 @@ import os
 from functools import cache
 
 import torch
+from torch import Tensor
 
 SWITCH = "CADENZA_KERNELS"
 """Environment variable: "torch" has plain torch compute on GPUs too, to compare with, or where Triton cannot run."""
@@ -13,6 +14,11 @@ SWITCH = "CADENZA_KERNELS"
 def runs_triton(device: torch.device) -> bool:
     """Whether kernels on this device are Triton's. Tests make it true for a CPU, in Triton's interpreter."""
     return device.type == "cuda" and _wants_triton()
+
+
+def is_interpreted(x: Tensor) -> bool:
+    """Kernels meet tensors of a CPU only in Triton's interpreter."""
+    return x.device.type == "cpu"
 
 
 @cache

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cadenza.kernels.ops import is_interpreted
 from cadenza.kernels.prefill_work import TILE, PrefillPlan, PrefillWork
 
 CONFIGS = {
@@ -81,7 +82,6 @@ def prefill_attention(
     group = num_heads // num_kv_heads
     key_width, value_width = (max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
     heads, block, num_warps, num_stages = _config(q.dtype, max(key_width, value_width), group)
-    is_interpreted = q.device.type == "cpu"  # kernels meet tensors of a CPU only in Triton's interpreter
     # Where there is one row only, any distance to the next is right, and 1 would be compiled anew.
     q_row, out_row = (part.stride(0) if num_rows > 1 else 0 for part in (q, out))
     _prefill_kernel[(num_heads // heads, len(work.tiles))](
@@ -99,7 +99,7 @@ def prefill_attention(
         ),
         *(sinks, work.block_tables, work.block_tables.shape[1], work.starts, work.first_rows, work.num_rows),
         *(work.tiles, scale, window, softcap, block_size, group, heads, TILE, block),
-        *(key_dim, key_width, value_dim, value_width, is_interpreted),
+        *(key_dim, key_width, value_dim, value_width, is_interpreted(q)),
         num_warps=num_warps,
         num_stages=num_stages,
         enable_fp_fusion=True,

@@ -7,7 +7,7 @@ what else is in the batch. One exception was found: a single row, for some shape
 given a companion (each weight is asked when it is packed).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -149,3 +149,13 @@ class PackedMember(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._group.take(self._number, x)
+
+
+def computing_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules below, each once; in place of a group's members the layer that computes for them."""
+    seen: set[nn.Module] = set()
+    for part in module.modules():
+        layer = part.joined if isinstance(part, PackedMember) else part
+        if layer not in seen:
+            seen.add(layer)
+            yield layer

@@ -146,7 +146,8 @@ class Int4Linear(QuantizedLinear):
         return y if self.bias is None else y + self.bias
 
     def _apply_words(self, x: Tensor, words: Tensor) -> Tensor:
-        from cadenza.kernels.int4_matmul import MOST_ROWS, dequantize, int4_matmul
+        from cadenza.kernels.few_rows import MOST_ROWS
+        from cadenza.kernels.int4_matmul import dequantize, int4_matmul
 
         rows = x.reshape(-1, self.in_features)
         if len(rows) <= MOST_ROWS:

@@ -144,7 +144,8 @@ class Int8Linear(ChannelwiseLinear):
 
     def _apply_in_triton(self, rows: Tensor, scale: Tensor) -> Tensor:
         """rows: [r, in_features], rotated; [r, out_features] of their dtype."""
-        from cadenza.kernels.int8_matmul import MOST_ROWS, int8_matmul
+        from cadenza.kernels.few_rows import MOST_ROWS
+        from cadenza.kernels.int8_matmul import int8_matmul
 
         if len(rows) <= MOST_ROWS:
             return int8_matmul(rows, self._laid_out, scale, self.bias)
