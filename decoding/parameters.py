@@ -9,6 +9,9 @@ from cadenza.decoding.row import Row
 from cadenza.kernels.sampling import SamplingRows
 from cadenza.kernels.thresholds import ThresholdRows
 
+_LARGEST_TOP_K = 2**31 - 1
+"""More than any vocabulary: whatever a request says, it can be computed with."""
+
 
 def sampling_rows(rows: Sequence[Row], device: torch.device) -> SamplingRows:
     def column(values: Iterable[float], dtype: torch.dtype) -> Tensor:
@@ -16,7 +19,7 @@ def sampling_rows(rows: Sequence[Row], device: torch.device) -> SamplingRows:
 
     return SamplingRows(
         temperature=column((row.sampling.temperature for row in rows), torch.float32),
-        top_k=column((max(row.sampling.top_k, 0) for row in rows), torch.int64),
+        top_k=column((min(max(row.sampling.top_k, 0), _LARGEST_TOP_K) for row in rows), torch.int64),
         top_p=column((row.sampling.top_p for row in rows), torch.float32),
         min_p=column((row.sampling.min_p for row in rows), torch.float32),
         typical_p=column((row.sampling.typical_p for row in rows), torch.float32),

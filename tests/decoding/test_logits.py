@@ -330,6 +330,15 @@ def test_one_logit_that_is_no_number_spoils_its_row_only(value, temperature):
     assert [choice.token_id is None for choice in choices] == [False, True, False]
 
 
+@pytest.mark.parametrize("top_k", [2**31, 2**63 - 1, 2**70])
+def test_a_top_k_beyond_any_vocabulary_is_all_of_it(top_k):
+    logits = torch.zeros(1, 40)
+    rows = [row(temperature=1.0, seed=seed) for seed in range(8)]
+    limited = [row(temperature=1.0, seed=seed, top_k=top_k) for seed in range(8)]
+    expected, found = (pipeline(40)(logits, own) for own in (rows, limited))
+    assert [choice.token_id for choice in found] == [choice.token_id for choice in expected]
+
+
 def test_seeds_of_64_bits_are_told_apart():
     """-1 and 2**64 - 1 are the same 64 bits; 2**63 and 0 are not."""
     logits = torch.zeros(1, 4000)
